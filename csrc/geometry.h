@@ -1,0 +1,231 @@
+// The formula, once, for host and device: the level of a box, a box in map cells, the merged taps of an axis.
+// Knows params.h; knows no torch and no device.
+#pragma once
+
+#include "params.h"
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__) || defined(ROIALIGN_EXT_EMULATED)
+#define ROIALIGN_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define ROIALIGN_HOST_DEVICE inline
+#endif
+
+namespace roialign {
+
+// a * b, rounded on its own. nvcc would fuse it with the addition that follows, and a sample that lies within an
+// ulp of the border would be outside on one device and inside on the other.
+template <typename T>
+ROIALIGN_HOST_DEVICE T product(T a, T b) {
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<T, float>) {
+    return __fmul_rn(a, b);
+  } else {
+    return __dmul_rn(a, b);
+  }
+#else
+  return a * b;
+#endif
+}
+
+template <typename T>
+ROIALIGN_HOST_DEVICE T clamp(T value, T low, T high) {
+  return value < low ? low : value > high ? high : value;
+}
+
+// NaN and infinity are the two values whose difference with themselves is not zero.
+template <typename T>
+ROIALIGN_HOST_DEVICE bool is_finite(T value) {
+  return value - value == T(0);
+}
+
+// What stands in place of a level for a row that pools from nowhere.
+constexpr int kEmptyRow = -1;    // padding, or a box that no level takes: zeros, no gradient
+constexpr int kInvalidRow = -2;  // names an image or a level that is not there: NaN, no gradient
+
+// Level of a box as an index into the pyramid, or kEmptyRow where the area or a coordinate is not a number.
+template <typename box_t>
+ROIALIGN_HOST_DEVICE int level_of(const LevelRule& rule, box_t x1, box_t y1, box_t x2, box_t y2) {
+  const box_t area = product(x2 - x1, y2 - y1);
+  const box_t level = std::floor(box_t(rule.canonical_level) +
+                                 std::log2(std::sqrt(area) / box_t(rule.canonical_scale)) + box_t(rule.eps));
+  // The root of a negative area, of a box inverted along one axis, is NaN and so is its level.
+  if (level != level || !is_finite(x1) || !is_finite(y1) || !is_finite(x2) || !is_finite(y2)) {
+    return kEmptyRow;
+  }
+  const box_t k_min = box_t(rule.k_min);
+  return static_cast<int>(clamp(level, k_min, k_min + box_t(rule.num_levels - 1)) - k_min);
+}
+
+// One axis of a RoI on its map. Average pooling is separable, borders included: a RoI is two of these.
+template <typename acc_t>
+struct Axis {
+  acc_t start;      // low edge of the RoI, in cells
+  acc_t bin_size;   // cells; negative where an inverted box is sampled mirrored
+  int num_samples;  // per bin; 0: the RoI takes no sample and its bins are zero
+  int num_bins;
+  int size;  // cells of the map
+};
+
+// A box asks for at most this many samples per bin side. Only adaptive sampling of a box of a billion cells gets
+// there, and of its samples at most a map's width lies on the map.
+constexpr int kMaxSamples = 1 << 30;
+
+template <typename acc_t>
+ROIALIGN_HOST_DEVICE Axis<acc_t> to_map(acc_t low, acc_t high, acc_t scale, bool aligned, int num_bins,
+                                        int sampling_ratio, int size) {
+  const acc_t offset = aligned ? acc_t(0.5) : acc_t(0);
+  const acc_t start = product(low, scale) - offset;
+  acc_t length = product(high, scale) - offset - start;
+  Axis<acc_t> axis{start, acc_t(0), 0, num_bins, size};
+  if (!is_finite(start) || !is_finite(length)) {
+    return axis;
+  }
+  if (!aligned && length < acc_t(1)) {
+    length = acc_t(1);
+  }
+  axis.bin_size = length / acc_t(num_bins);
+  // An adaptive RoI without extent, or inverted, takes no samples.
+  axis.num_samples = sampling_ratio > 0
+                         ? sampling_ratio
+                         : static_cast<int>(clamp(std::ceil(axis.bin_size), acc_t(0), acc_t(kMaxSamples)));
+  return axis;
+}
+
+// Position of a sample in cells, in the order of operations of torchvision's CPU kernel.
+template <typename acc_t>
+ROIALIGN_HOST_DEVICE acc_t sample_position(const Axis<acc_t>& axis, int bin, int sample) {
+  return axis.start + product(acc_t(bin), axis.bin_size) +
+         product(acc_t(sample) + acc_t(0.5), axis.bin_size) / acc_t(axis.num_samples);
+}
+
+// Positions beyond these see no cell; both ends themselves still do.
+template <typename acc_t>
+ROIALIGN_HOST_DEVICE bool is_on_map(const Axis<acc_t>& axis, acc_t position) {
+  return position >= acc_t(-1) && position <= acc_t(axis.size);
+}
+
+struct Range {
+  int begin, end;
+};
+
+// The samples of a bin that can touch cells [first, last], with a margin of two samples for rounding. This bounds
+// the work of a RoI by the map, however large the box.
+template <typename acc_t>
+ROIALIGN_HOST_DEVICE Range samples_near(const Axis<acc_t>& axis, int bin, int first, int last) {
+  constexpr int kFewSamples = 8;  // not worth two divisions
+  const acc_t spacing = axis.bin_size / acc_t(axis.num_samples);
+  if (axis.num_samples <= kFewSamples || !(spacing > acc_t(0))) {
+    return {0, axis.num_samples};
+  }
+  const acc_t bin_start = axis.start + product(acc_t(bin), axis.bin_size);
+  const acc_t low = (acc_t(first - 1) - bin_start) / spacing - acc_t(2.5);
+  const acc_t high = (acc_t(last + 1) - bin_start) / spacing + acc_t(2.5);
+  const acc_t all = acc_t(axis.num_samples);
+  return {static_cast<int>(clamp(low, acc_t(0), all)), static_cast<int>(clamp(high, acc_t(0), all))};
+}
+
+// Calls tap(cell, weight) for the cells that samples [begin, end) of a bin read, in ascending order. Samples that
+// share a cell are merged. The weights are those of the mean over all samples of the bin: samples outside the map
+// add no tap and still count.
+template <typename acc_t, typename Tap>
+ROIALIGN_HOST_DEVICE void for_each_tap(const Axis<acc_t>& axis, int bin, Range samples, Tap&& tap) {
+  const acc_t share = acc_t(1) / acc_t(axis.num_samples);
+  const bool mirrored = axis.bin_size < acc_t(0);
+  int cell = -1;                           // the cell that is gathering weight, and its right neighbour
+  acc_t here = acc_t(0), next = acc_t(0);  // the weight gathered by each
+  for (int i = samples.begin; i < samples.end; ++i) {
+    const int sample = mirrored ? samples.begin + samples.end - 1 - i : i;
+    acc_t position = sample_position(axis, bin, sample);
+    if (!is_on_map(axis, position)) {
+      continue;
+    }
+    position = clamp(position, acc_t(0), acc_t(axis.size - 1));
+    const int low = static_cast<int>(position);
+    const acc_t fraction = position - acc_t(low);
+    if (low != cell) {
+      if (cell >= 0) {
+        tap(cell, here * share);
+      }
+      if (low == cell + 1) {
+        here = next;
+      } else {
+        if (next != acc_t(0)) {
+          tap(cell + 1, next * share);
+        }
+        here = acc_t(0);
+      }
+      next = acc_t(0);
+      cell = low;
+    }
+    here += acc_t(1) - fraction;
+    next += fraction;
+  }
+  if (cell >= 0) {
+    tap(cell, here * share);
+  }
+  if (next != acc_t(0)) {
+    tap(cell + 1, next * share);
+  }
+}
+
+// The cells that any sample of the RoI can touch along an axis, one to spare on either side: positions are rounded
+// one by one, so the outermost sample need not be the last.
+template <typename acc_t>
+ROIALIGN_HOST_DEVICE Range cells_near(const Axis<acc_t>& axis) {
+  const acc_t a = sample_position(axis, 0, 0);
+  const acc_t b = sample_position(axis, axis.num_bins - 1, axis.num_samples - 1);
+  const acc_t low = (a < b ? a : b) - acc_t(1), high = (a < b ? b : a) + acc_t(3);
+  return {static_cast<int>(clamp(low, acc_t(0), acc_t(axis.size))),
+          static_cast<int>(clamp(high, acc_t(0), acc_t(axis.size)))};
+}
+
+// Where a row of `boxes` pools from.
+template <typename acc_t>
+struct RoI {
+  int image;
+  int level;  // or kEmptyRow, kInvalidRow: then the rest means nothing
+  Axis<acc_t> y, x;
+};
+
+template <typename Params>
+ROIALIGN_HOST_DEVICE RoI<typename Params::acc_t> roi_at(const Params& params, int64_t index) {
+  using acc_t = typename Params::acc_t;
+  using box_t = typename Params::box_t;
+  const box_t* row = params.boxes + index * 5;
+  const box_t image = std::trunc(row[0]), x1 = row[1], y1 = row[2], x2 = row[3], y2 = row[4];
+  RoI<acc_t> roi{};
+  roi.level = kEmptyRow;
+  if (image == box_t(-1) || image != image) {
+    return roi;
+  }
+  int64_t level = 0;
+  if (params.roi_levels != nullptr) {
+    level = params.roi_levels[index];
+  } else if (params.rule.num_levels > 1) {
+    level = level_of(params.rule, x1, y1, x2, y2);
+  }
+  // Written as "not inside", because every comparison with NaN is false.
+  const bool has_image = image >= box_t(0) && image < box_t(params.num_images);
+  if (level != kEmptyRow && (!has_image || level < 0 || level >= params.rule.num_levels)) {
+    roi.level = kInvalidRow;
+    return roi;
+  }
+  if (level == kEmptyRow) {
+    return roi;
+  }
+  const auto& map = params.levels[level];
+  roi.y = to_map(acc_t(y1), acc_t(y2), acc_t(map.scale_y), params.aligned, params.bins_y, params.sampling_ratio,
+                 map.height);
+  roi.x =
+      to_map(acc_t(x1), acc_t(x2), acc_t(map.scale_x), params.aligned, params.bins_x, params.sampling_ratio, map.width);
+  if (roi.y.num_samples > 0 && roi.x.num_samples > 0) {
+    roi.image = static_cast<int>(image);
+    roi.level = static_cast<int>(level);
+  }
+  return roi;
+}
+
+}  // namespace roialign

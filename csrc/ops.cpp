@@ -1,0 +1,514 @@
+// The operators as torch sees them: schemas, checks, allocation, filling the params, dtype switch, registration.
+// The only file that knows torch. roialign_ext/ops.py gives the operators their gradients and fake kernels.
+#include "cpu/kernels.h"
+#include "geometry.h"
+#if defined(ROIALIGN_EXT_WITH_CUDA) || defined(ROIALIGN_EXT_EMULATED)
+#include "cuda/launch.h"
+#endif
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+#ifdef ROIALIGN_EXT_WITH_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+#endif
+
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace roialign {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+constexpr double kLevelEps = 1e-6;              // torchvision's; detectron2 uses 1e-8 through assign_levels
+constexpr int64_t kMaxSamplingRatio = 1 << 24;  // sample indices stay exact in float32
+constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
+
+// Checks: who, what was expected, what came.
+
+const char* name_of_call(int64_t num_levels) { return num_levels == 1 ? "roi_align" : "multiscale_roi_align"; }
+
+std::string name_of_map(int64_t num_levels, int64_t level) {
+  return num_levels == 1 ? "`input`" : "`features[" + std::to_string(level) + "]`";
+}
+
+std::string name_of_dtype(const Tensor& tensor) { return c10::getDtypeNames(tensor.scalar_type()).first; }
+
+std::string name_of_shape(const Tensor& tensor) { return "(" + c10::Join(", ", tensor.sizes()) + ")"; }
+
+void check_float(const char* who, const std::string& name, const Tensor& tensor) {
+  const at::ScalarType dtype = tensor.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble, who,
+                   ": ", name, " must be float16, bfloat16, float32 or float64, got ", name_of_dtype(tensor));
+}
+
+int check_int(const char* who, const char* what, int64_t value, int64_t low, int64_t high) {
+  TORCH_CHECK_VALUE(value >= low && value <= high, who, ": ", what, " must be from ", low, " to ", high, ", got ",
+                    value);
+  return static_cast<int>(value);
+}
+
+double check_positive(const char* who, const char* what, double value) {
+  TORCH_CHECK_VALUE(std::isfinite(value) && value > 0, who, ": ", what, " must be positive and finite, got ", value);
+  return value;
+}
+
+void check_boxes(const char* who, const Tensor& boxes, int64_t columns, at::Device device) {
+  check_float(who, "`boxes`", boxes);
+  TORCH_CHECK_VALUE(boxes.dim() == 2 && boxes.size(1) == columns, who, ": `boxes` must have shape (K, ", columns,
+                    "), got ", name_of_shape(boxes));
+  TORCH_CHECK_VALUE(boxes.device() == device, who, ": `boxes` must be on ", device, ", got ", boxes.device());
+}
+
+void check_levels(const char* who, const std::optional<Tensor>& levels, const Tensor& boxes) {
+  if (levels.has_value()) {
+    TORCH_CHECK_TYPE(at::isIntegralType(levels->scalar_type(), /*includeBool=*/false), who,
+                     ": `levels` must be integers, got ", name_of_dtype(*levels));
+    TORCH_CHECK_VALUE(levels->dim() == 1 && levels->size(0) == boxes.size(0), who, ": `levels` must have shape (",
+                      boxes.size(0), ",), one per box, got ", name_of_shape(*levels));
+    TORCH_CHECK_VALUE(levels->device() == boxes.device(), who, ": `levels` must be on ", boxes.device(), ", got ",
+                      levels->device());
+  }
+}
+
+void check_features(const char* who, TensorList features) {
+  const int64_t num_levels = static_cast<int64_t>(features.size());
+  check_int(who, "levels of `features`", num_levels, 1, kMaxLevels);
+  const Tensor& first = features[0];
+  for (int64_t l = 0; l < num_levels; ++l) {
+    const Tensor& map = features[l];
+    const std::string name = name_of_map(num_levels, l);
+    check_float(who, name, map);
+    TORCH_CHECK_VALUE(map.dim() == 4, who, ": ", name, " must have shape (N, C, H, W), got ", name_of_shape(map));
+    TORCH_CHECK_VALUE(map.scalar_type() == first.scalar_type(), who, ": ", name, " must be ", name_of_dtype(first),
+                      " as `features[0]` is, got ", name_of_dtype(map));
+    TORCH_CHECK_VALUE(map.device() == first.device(), who, ": ", name, " must be on ", first.device(),
+                      " as `features[0]` is, got ", map.device());
+    TORCH_CHECK_VALUE(map.size(0) == first.size(0) && map.size(1) == first.size(1), who, ": ", name,
+                      " must have the images and channels of `features[0]`, (", first.size(0), ", ", first.size(1),
+                      "), got (", map.size(0), ", ", map.size(1), ")");
+  }
+}
+
+void check_maps(const char* who, at::IntArrayRef map_sizes, int64_t num_rois) {
+  for (size_t i = 0; i < map_sizes.size(); ++i) {
+    check_int(who, i % 2 == 0 ? "height of a map" : "width of a map", map_sizes[i], 0, kMaxInt);
+    TORCH_CHECK_VALUE(map_sizes[i] > 0 || num_rois == 0, who, ": ",
+                      name_of_map(static_cast<int64_t>(map_sizes.size() / 2), static_cast<int64_t>(i / 2)),
+                      " must have cells to pool ", num_rois, " boxes from, got ", i % 2 == 0 ? "height" : "width",
+                      " 0");
+  }
+}
+
+void check_scales(const char* who, at::ArrayRef<double> scales, int64_t num_levels) {
+  TORCH_CHECK_VALUE(static_cast<int64_t>(scales.size()) == 2 * num_levels, who,
+                    ": `spatial_scales` must have one scale for each of ", num_levels, " levels, got ",
+                    scales.size() / 2);
+  for (const double scale : scales) {
+    check_positive(who, "`spatial_scales`", scale);
+  }
+}
+
+// The level of the finest map, where the rule fits the scales.
+int check_rule_fits(const char* who, at::ArrayRef<double> scales) {
+  constexpr double kTolerance = 1e-6;
+  const double finest = -std::log2(scales[0]);
+  for (size_t l = 0; l < scales.size() / 2; ++l) {
+    const double level = -std::log2(scales[2 * l]);
+    TORCH_CHECK_VALUE(scales[2 * l] == scales[2 * l + 1] && std::abs(level - std::round(level)) < kTolerance &&
+                          std::abs(level - finest - static_cast<double>(l)) < kTolerance,
+                      who, ": `spatial_scales` must be consecutive powers of two, finest first, for the FPN rule to ",
+                      "choose levels, got (", scales[2 * l], ", ", scales[2 * l + 1], ") at level ", l,
+                      " after a finest scale of ", scales[0], "; pass `levels=` to choose them yourself");
+  }
+  return static_cast<int>(std::lround(finest));
+}
+
+LevelRule check_rule(const char* who, int64_t num_levels, int64_t k_min, int64_t canonical_level,
+                     double canonical_scale, double eps) {
+  constexpr int64_t kMaxLevel = 1024;  // scales of doubles end there
+  return {check_int(who, "`num_levels`", num_levels, 1, kMaxLevel),
+          check_int(who, "`k_min`", k_min, -kMaxLevel, kMaxLevel),
+          check_int(who, "`canonical_level`", canonical_level, -kMaxLevel, kMaxLevel),
+          check_positive(who, "`canonical_scale`", canonical_scale), eps};
+}
+
+// On a CPU a row can be looked at before any work; on CUDA that would wait for the device, and the kernel answers
+// such a row with NaN.
+template <typename box_t>
+void check_rows(const char* who, const Tensor& boxes, const std::optional<Tensor>& levels, int64_t num_images,
+                int64_t num_levels) {
+  const box_t* rows = boxes.const_data_ptr<box_t>();
+  const int64_t* roi_levels = levels.has_value() ? levels->const_data_ptr<int64_t>() : nullptr;
+  for (int64_t k = 0; k < boxes.size(0); ++k) {
+    const int64_t level = roi_levels != nullptr ? roi_levels[k] : 0;
+    const box_t image = std::trunc(rows[k * 5]);
+    if (level == kEmptyRow || image == box_t(-1) || std::isnan(image)) {
+      continue;
+    }
+    TORCH_CHECK_INDEX(image >= 0 && image < static_cast<box_t>(num_images), who, ": row ", k,
+                      " of `boxes` must name one of ", num_images, " images, or -1 for padding, got image ",
+                      rows[k * 5]);
+    TORCH_CHECK_INDEX(level >= 0 && level < num_levels, who, ": row ", k, " of `levels` must name one of ", num_levels,
+                      " levels, or -1 for padding, got ", level);
+  }
+}
+
+// Layout: read off the strides once.
+
+// A channel stride of 1 under a longer column stride. Where one channel or one cell makes the two layouts the same,
+// the map counts as NCHW.
+bool is_channels_last(const Tensor& map) { return map.stride(1) == 1 && map.stride(3) > 1; }
+
+// The map itself where the kernels can read it: neighbouring channels (channels_last) or neighbouring columns (NCHW)
+// lie next to each other, other strides are free. Else a copy.
+Tensor in_layout(const Tensor& map, bool channels_last) {
+  const int64_t dim = channels_last ? 1 : 3;
+  if (map.stride(dim) == 1 || map.size(dim) == 1) {
+    return map;
+  }
+  return map.contiguous(channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+}
+
+Tensor empty_in_layout(at::IntArrayRef sizes, const at::TensorOptions& options, bool channels_last) {
+  return at::empty(
+      sizes, options.memory_format(channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous));
+}
+
+// Devices: how each runs a kernel, once its tensors are checked and made.
+
+#if defined(ROIALIGN_EXT_WITH_CUDA) || defined(ROIALIGN_EXT_EMULATED)
+
+// The device of the tensors for as long as this lives, and its current stream.
+class Cuda {
+ public:
+  static constexpr bool kChecksRows = false;
+  explicit Cuda(at::Device device) : guard_(device) {}
+
+  template <typename Params>
+  void forward(const Params& params) const {
+    check(cuda::roi_align_forward(params, stream()));
+  }
+  template <typename Params>
+  void backward(const Params& params) const {
+    check(cuda::roi_align_backward(params, stream()));
+  }
+  template <typename Params>
+  void assign_levels(const Params& params) const {
+    check(cuda::assign_levels(params, stream()));
+  }
+
+ private:
+#ifdef ROIALIGN_EXT_EMULATED
+  using Guard = at::Device;  // the kernels run on CPU tensors, for the tests
+  static cudaStream_t stream() { return nullptr; }
+  static void check(cudaError_t error) { TORCH_CHECK(error == cudaSuccess, "an emulated kernel failed"); }
+#else
+  using Guard = c10::cuda::CUDAGuard;
+  static cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
+  static void check(cudaError_t error) { C10_CUDA_CHECK(error); }
+#endif
+  Guard guard_;
+};
+
+#endif
+
+// Hands pieces to whichever thread is free, because RoIs and levels differ in cost.
+[[maybe_unused]] void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& work) {
+  const int64_t num_pieces = (count + grain - 1) / grain;
+  const int64_t num_threads = std::min<int64_t>(at::get_num_threads(), num_pieces);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin = next.fetch_add(grain); begin < count; begin = next.fetch_add(grain)) {
+      work(begin, std::min(begin + grain, count));
+    }
+  });
+}
+
+class Cpu {
+ public:
+  static constexpr bool kChecksRows = true;
+  explicit Cpu(at::Device) {}
+
+  template <typename Params>
+  void forward(const Params& params) const {
+    cpu::roi_align_forward(params, parallel_for);
+  }
+  template <typename Params>
+  void backward(const Params& params) const {
+    cpu::roi_align_backward(params, parallel_for);
+  }
+  template <typename Params>
+  void assign_levels(const Params& params) const {
+    cpu::assign_levels(params);
+  }
+};
+
+// Calls: what both directions check and tell the kernels.
+
+// Half boxes are read as float32; boxes and levels are small, so a copy of either costs nothing that shows.
+Tensor as_kernel_boxes(const Tensor& boxes) {
+  return (boxes.scalar_type() == at::kDouble ? boxes : boxes.to(at::kFloat)).contiguous();
+}
+
+// One call of the forward or the backward, checked but for the tensors that differ between the two.
+struct Call {
+  Pooling pooling;
+  at::ArrayRef<double> spatial_scales;  // [L, 2]: y, x
+  Tensor boxes;                         // [K, 5] as the kernels read them
+  std::optional<Tensor> levels;         // [K] int64
+
+  Call(const char* who, const Tensor& boxes_, const std::optional<Tensor>& levels_, at::IntArrayRef map_sizes,
+       int64_t num_images, int64_t num_channels, at::IntArrayRef output_size, at::ArrayRef<double> spatial_scales_,
+       int64_t sampling_ratio, bool aligned, int64_t canonical_level, double canonical_scale, bool channels_last)
+      : spatial_scales(spatial_scales_), boxes(as_kernel_boxes(boxes_)) {
+    const int64_t num_levels = static_cast<int64_t>(map_sizes.size()) / 2;
+    check_levels(who, levels_, boxes);
+    check_maps(who, map_sizes, boxes.size(0));
+    check_scales(who, spatial_scales, num_levels);
+    const int k_min = num_levels == 1 || levels_.has_value() ? 0 : check_rule_fits(who, spatial_scales);
+    pooling = {check_rule(who, num_levels, k_min, canonical_level, canonical_scale, kLevelEps),
+               check_int(who, "rows of `boxes`", boxes.size(0), 0, kMaxInt),
+               check_int(who, "images", num_images, 0, kMaxInt),
+               check_int(who, "channels", num_channels, 0, kMaxInt),
+               check_int(who, "`output_size`", output_size[0], 1, kMaxInt),
+               check_int(who, "`output_size`", output_size[1], 1, kMaxInt),
+               check_int(who, "`sampling_ratio`", std::max<int64_t>(sampling_ratio, 0), 0, kMaxSamplingRatio),
+               aligned,
+               channels_last};
+    check_int(who, "the product of `output_size`", int64_t(pooling.bins_y) * pooling.bins_x, 1, kMaxInt);
+    if (levels_.has_value()) {
+      levels = levels_->to(at::kLong).contiguous();
+    }
+  }
+
+  // Calls run(params), once; the forward reads `maps` and writes `pooled`, the backward the other way round.
+  template <typename Run>
+  void with_params(const std::vector<Tensor>& maps, const Tensor& pooled, const Run& run) const {
+#define ROIALIGN_CASE(scalar_t, box_t)                                     \
+  if (pooled.scalar_type() == c10::CppTypeToScalarType<scalar_t>::value && \
+      boxes.scalar_type() == c10::CppTypeToScalarType<box_t>::value) {     \
+    return run(params<scalar_t, box_t>(maps, pooled));                     \
+  }
+    ROIALIGN_FOR_EACH_TYPE(ROIALIGN_CASE)
+#undef ROIALIGN_CASE
+    TORCH_INTERNAL_ASSERT(false, "dtypes are checked before params are made");
+  }
+
+ private:
+  template <typename scalar_t, typename box_t>
+  RoIAlignParams<scalar_t, box_t> params(const std::vector<Tensor>& maps, const Tensor& pooled) const {
+    RoIAlignParams<scalar_t, box_t> params{pooling};
+    for (size_t l = 0; l < maps.size(); ++l) {
+      const Tensor& map = maps[l];
+      params.levels[l] = {static_cast<scalar_t*>(map.data_ptr()),
+                          map.stride(0),
+                          map.stride(1),
+                          map.stride(2),
+                          map.stride(3),
+                          static_cast<int>(map.size(2)),
+                          static_cast<int>(map.size(3)),
+                          spatial_scales[2 * l],
+                          spatial_scales[2 * l + 1]};
+    }
+    params.boxes = boxes.const_data_ptr<box_t>();
+    params.roi_levels = levels.has_value() ? levels->const_data_ptr<int64_t>() : nullptr;
+    params.pooled = static_cast<scalar_t*>(pooled.data_ptr());
+    return params;
+  }
+};
+
+template <typename Device>
+void check_rows_of(const char* who, const Call& call) {
+  if constexpr (Device::kChecksRows) {
+    const auto check = call.boxes.scalar_type() == at::kDouble ? check_rows<double> : check_rows<float>;
+    check(who, call.boxes, call.levels, call.pooling.num_images, call.pooling.rule.num_levels);
+  }
+}
+
+// The operators.
+
+template <typename Device>
+Tensor roi_align_forward(TensorList features, const Tensor& boxes, const std::optional<Tensor>& levels,
+                         at::IntArrayRef output_size, at::ArrayRef<double> spatial_scales, int64_t sampling_ratio,
+                         bool aligned, int64_t canonical_level, double canonical_scale) {
+  const char* who = name_of_call(static_cast<int64_t>(features.size()));
+  check_features(who, features);
+  check_boxes(who, boxes, 5, features[0].device());
+  const Device device(boxes.device());
+  const bool channels_last = is_channels_last(features[0]);
+  std::vector<int64_t> map_sizes;
+  for (const Tensor& map : features) {
+    map_sizes.insert(map_sizes.end(), {map.size(2), map.size(3)});
+  }
+  const Call call(who, boxes, levels, map_sizes, features[0].size(0), features[0].size(1), output_size, spatial_scales,
+                  sampling_ratio, aligned, canonical_level, canonical_scale, channels_last);
+  check_rows_of<Device>(who, call);
+
+  Tensor output = empty_in_layout({boxes.size(0), features[0].size(1), output_size[0], output_size[1]},
+                                  features[0].options(), channels_last);
+  if (output.numel() > 0) {
+    std::vector<Tensor> maps;
+    for (const Tensor& map : features) {
+      maps.push_back(in_layout(map, channels_last));
+    }
+    call.with_params(maps, output, [&](const auto& params) { device.forward(params); });
+  }
+  return output;
+}
+
+template <typename Device>
+std::vector<Tensor> roi_align_backward(const Tensor& grad_output, const Tensor& boxes,
+                                       const std::optional<Tensor>& levels, int64_t num_images,
+                                       at::IntArrayRef map_sizes, at::ArrayRef<double> spatial_scales,
+                                       int64_t sampling_ratio, bool aligned, int64_t canonical_level,
+                                       double canonical_scale, bool channels_last) {
+  const int64_t num_levels = static_cast<int64_t>(map_sizes.size()) / 2;
+  const char* who = name_of_call(num_levels);
+  check_int(who, "levels of `map_sizes`", num_levels, 1, kMaxLevels);
+  check_float(who, "`grad_output`", grad_output);
+  check_boxes(who, boxes, 5, grad_output.device());
+  TORCH_CHECK_VALUE(grad_output.dim() == 4 && grad_output.size(0) == boxes.size(0), who,
+                    ": `grad_output` must have shape (", boxes.size(0), ", C, P, Q), got ", name_of_shape(grad_output));
+  const Device device(boxes.device());
+  const Call call(who, boxes, levels, map_sizes, num_images, grad_output.size(1), grad_output.sizes().slice(2),
+                  spatial_scales, sampling_ratio, aligned, canonical_level, canonical_scale, channels_last);
+  check_rows_of<Device>(who, call);
+
+  std::vector<Tensor> grad_features;
+  int64_t num_cells = 0;
+  for (int64_t l = 0; l < num_levels; ++l) {
+    grad_features.push_back(empty_in_layout({num_images, grad_output.size(1), map_sizes[2 * l], map_sizes[2 * l + 1]},
+                                            grad_output.options(), channels_last));
+    num_cells += grad_features.back().numel();
+  }
+  if (boxes.size(0) == 0) {
+    for (Tensor& grad : grad_features) {
+      grad.zero_();
+    }
+  } else if (num_cells > 0) {
+    const Tensor pooled =
+        grad_output.contiguous(channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+    call.with_params(grad_features, pooled, [&](const auto& params) { device.backward(params); });
+  }
+  return grad_features;
+}
+
+template <typename Device>
+Tensor assign_levels(const Tensor& boxes, int64_t num_levels, int64_t k_min, int64_t canonical_level,
+                     double canonical_scale, double eps) {
+  const char* who = "assign_levels";
+  check_boxes(who, boxes, 4, boxes.device());
+  const LevelRule rule = check_rule(who, num_levels, k_min, canonical_level, canonical_scale, eps);
+  const Device device(boxes.device());
+  const Tensor rows = as_kernel_boxes(boxes);
+  Tensor levels = at::empty({boxes.size(0)}, boxes.options().dtype(at::kLong));
+  const auto run = [&](auto params) {
+    using box_t = typename decltype(params)::box_t;
+    params = {rows.const_data_ptr<box_t>(), levels.mutable_data_ptr<int64_t>(), rule, rows.size(0)};
+    device.assign_levels(params);
+  };
+  if (levels.numel() > 0) {
+    rows.scalar_type() == at::kDouble ? run(AssignLevelsParams<double>{}) : run(AssignLevelsParams<float>{});
+  }
+  return levels;
+}
+
+template <typename Device>
+void implement(torch::Library& library) {
+  library.impl("roi_align_forward", &roi_align_forward<Device>);
+  library.impl("roi_align_backward", &roi_align_backward<Device>);
+  library.impl("assign_levels", &assign_levels<Device>);
+}
+
+// Registration.
+
+#ifdef ROIALIGN_EXT_EMULATED
+#define ROIALIGN_NAMESPACE roialign_ext_emulated
+#else
+#define ROIALIGN_NAMESPACE roialign_ext
+#endif
+#define ROIALIGN_LIBRARY(name, library) TORCH_LIBRARY(name, library)
+#define ROIALIGN_LIBRARY_IMPL(name, key, library) TORCH_LIBRARY_IMPL(name, key, library)
+
+ROIALIGN_LIBRARY(ROIALIGN_NAMESPACE, library) {
+  library.def(
+      "roi_align_forward(Tensor[] features, Tensor boxes, Tensor? levels, SymInt[2] output_size, "
+      "float[] spatial_scales, int sampling_ratio, bool aligned, int canonical_level, float canonical_scale) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  library.def(
+      "roi_align_backward(Tensor grad_output, Tensor boxes, Tensor? levels, SymInt num_images, SymInt[] map_sizes, "
+      "float[] spatial_scales, int sampling_ratio, bool aligned, int canonical_level, float canonical_scale, "
+      "bool channels_last) -> Tensor[]",
+      {at::Tag::pt2_compliant_tag});
+  library.def(
+      "assign_levels(Tensor boxes, int num_levels, int k_min, int canonical_level, float canonical_scale, float eps) "
+      "-> Tensor",
+      {at::Tag::pt2_compliant_tag});
+}
+
+#ifdef ROIALIGN_EXT_EMULATED
+ROIALIGN_LIBRARY_IMPL(ROIALIGN_NAMESPACE, CPU, library) { implement<Cuda>(library); }
+#else
+ROIALIGN_LIBRARY_IMPL(ROIALIGN_NAMESPACE, CPU, library) { implement<Cpu>(library); }
+#endif
+#ifdef ROIALIGN_EXT_WITH_CUDA
+ROIALIGN_LIBRARY_IMPL(ROIALIGN_NAMESPACE, CUDA, library) { implement<Cuda>(library); }
+#endif
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["version"] = ROIALIGN_EXT_VERSION;
+  info["torch"] = TORCH_VERSION;
+#ifdef ROIALIGN_EXT_WITH_CUDA
+  info["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  const std::string archs = ROIALIGN_EXT_CUDA_ARCHS;
+#else
+  info["cuda"] = pybind11::none();
+  const std::string archs;
+#endif
+  pybind11::list arch_list;
+  for (size_t begin = 0; begin < archs.size();) {
+    const size_t end = std::min(archs.find(';', begin), archs.size());
+    arch_list.append(archs.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  info["cuda_archs"] = arch_list;
+#ifdef __VERSION__
+  info["compiler"] = __VERSION__;
+#else
+  info["compiler"] = "unknown";
+#endif
+  info["cpu_capability"] = "baseline";
+  return info;
+}
+
+int64_t launch_count() {
+#if defined(ROIALIGN_EXT_WITH_CUDA) || defined(ROIALIGN_EXT_EMULATED)
+  return cuda::launch_count;
+#else
+  return 0;
+#endif
+}
+
+}  // namespace
+}  // namespace roialign
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.def("build_info", &roialign::build_info, "What was compiled: versions, architectures, compiler.");
+  module.def("launch_count", &roialign::launch_count, "CUDA kernels started so far.");
+}
