@@ -128,7 +128,7 @@ class MultiScaleRoIAlign(nn.Module):
         self.canonical_scale = canonical_scale
         self.canonical_level = canonical_level
         self.aligned = aligned
-        self.spatial_scales = None if spatial_scales is None else list(spatial_scales)
+        self.spatial_scales = spatial_scales
 
     def forward(
         self, x: Mapping[str, Tensor], boxes: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]]
@@ -152,9 +152,7 @@ class MultiScaleRoIAlign(nn.Module):
             raise ValueError(
                 f"MultiScaleRoIAlign: `x` must hold some of the maps {self.featmap_names}, got {list(x)}"
             )
-        scales = self.spatial_scales
-        if scales is None:
-            scales = infer_scales([m.shape[-2:] for m in maps], image_shapes)
+        scales = self.spatial_scales or infer_scales([m.shape[-2:] for m in maps], image_shapes)
         return multiscale_roi_align(
             maps,
             boxes,
@@ -191,7 +189,7 @@ class MultiScaleRoIAlign(nn.Module):
 
 def infer_scales(
     map_sizes: Sequence[Sequence[int]], image_shapes: Sequence[Sequence[int]]
-) -> list[float]:
+) -> Sequence[Scale]:
     """Map cells per image pixel of every map, as the nearest power of two.
 
     Images are padded before they reach the backbone, so the ratio of map to image can only come out too large. The

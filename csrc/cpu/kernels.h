@@ -21,4 +21,9 @@ void roi_align_backward(const RoIAlignParams<scalar_t, box_t>& params, const Par
 template <typename box_t>
 void assign_levels(const AssignLevelsParams<box_t>& params);
 
+// The instruction set the kernels run with: "avx512", "avx2" or "baseline". At first the best that machine and build
+// have, or the lower one that ROIALIGN_EXT_CPU_CAPABILITY names. Setting one that they lack returns false.
+const char* capability();
+bool set_capability(const char* name);
+
 }  // namespace roialign::cpu

@@ -5,62 +5,66 @@
 #include "kernels.h"
 
 #include <algorithm>
+#include <numeric>
+#include <tuple>
 #include <vector>
 
 namespace roialign::cpu {
 
 template <typename acc_t>
 struct Tap {
-  int cell;  // index into AxisTaps::cells
+  int index;  // of the cell a bin reads, or of the bin a cell feeds
   acc_t weight;
 };
 
-// One axis of a RoI as a sparse matrix: bin b is the sum of taps [offsets[b], offsets[b + 1]).
+// A sparse matrix along one axis: row i is the sum of taps [offsets[i], offsets[i + 1]).
 template <typename acc_t>
-struct AxisTaps {
-  std::vector<int> offsets;  // [bins + 1]
+struct Taps {
+  std::vector<int> offsets;
   std::vector<Tap<acc_t>> taps;
-  std::vector<int> cells;   // map cells that the taps read, ascending
-  bool contiguous = false;  // the cells are neighbours: cells[i] = cells[0] + i
+  int first = 0, last = -1;  // cells: every tap lies on one of [first, last]
 
-  int num_cells() const { return static_cast<int>(cells.size()); }
+  int width() const { return last - first + 1; }
+  // Few samples in a large RoI leave gaps between their cells. It is then cheaper to visit the taps one by one than
+  // to make whole rows.
+  bool has_gaps() const { return width() > 2 * static_cast<int>(taps.size()); }
 };
 
+// One row for every bin, indices of cells.
 template <typename acc_t>
-AxisTaps<acc_t> merge_taps(const Axis<acc_t>& axis) {
-  AxisTaps<acc_t> result;
+Taps<acc_t> taps_of_bins(const Axis<acc_t>& axis) {
+  Taps<acc_t> result;
+  result.first = axis.size;
   result.offsets.reserve(axis.num_bins + 1);
   result.offsets.push_back(0);
-  int first = axis.size, last = -1;
   for (int bin = 0; bin < axis.num_bins; ++bin) {
     for_each_tap(axis, bin, samples_near(axis, bin, 0, axis.size - 1), [&](int cell, acc_t weight) {
       result.taps.push_back({cell, weight});
-      first = std::min(first, cell);
-      last = std::max(last, cell);
+      result.first = std::min(result.first, cell);
+      result.last = std::max(result.last, cell);
     });
     result.offsets.push_back(static_cast<int>(result.taps.size()));
   }
-  // Few samples in a large RoI leave gaps between their cells. Where gaps would outweigh the cells, only the cells
-  // that are read are listed; else the whole stretch is, so that loops along it run over neighbours.
-  const int stretch = last - first + 1;
-  result.contiguous = stretch <= 2 * static_cast<int>(result.taps.size());
-  if (result.contiguous) {
-    result.cells.resize(std::max(stretch, 0));
-    for (int i = 0; i < stretch; ++i) {
-      result.cells[i] = first + i;
-    }
-    for (auto& tap : result.taps) {
-      tap.cell -= first;
-    }
-  } else {
-    for (const auto& tap : result.taps) {
-      result.cells.push_back(tap.cell);
-    }
-    std::sort(result.cells.begin(), result.cells.end());
-    result.cells.erase(std::unique(result.cells.begin(), result.cells.end()), result.cells.end());
-    for (auto& tap : result.taps) {
-      tap.cell =
-          static_cast<int>(std::lower_bound(result.cells.begin(), result.cells.end(), tap.cell) - result.cells.begin());
+  return result;
+}
+
+// The same matrix by its columns: one row for every cell of [first, last], indices of bins.
+template <typename acc_t>
+Taps<acc_t> taps_of_cells(const Taps<acc_t>& bins) {
+  Taps<acc_t> result;
+  result.first = bins.first;
+  result.last = bins.last;
+  result.offsets.assign(std::max(bins.width(), 0) + 1, 0);
+  for (const auto& tap : bins.taps) {
+    ++result.offsets[tap.index - bins.first + 1];
+  }
+  std::partial_sum(result.offsets.begin(), result.offsets.end(), result.offsets.begin());
+  result.taps.resize(bins.taps.size());
+  std::vector<int> next(result.offsets);
+  for (size_t bin = 0; bin + 1 < bins.offsets.size(); ++bin) {
+    for (int t = bins.offsets[bin]; t < bins.offsets[bin + 1]; ++t) {
+      const auto& tap = bins.taps[t];
+      result.taps[next[tap.index - bins.first]++] = {static_cast<int>(bin), tap.weight};
     }
   }
   return result;
@@ -71,22 +75,51 @@ template <typename acc_t>
 struct RoITaps {
   int image = 0;
   int level = kEmptyRow;
-  AxisTaps<acc_t> y, x;
+  Taps<acc_t> y, x;
 };
 
 template <typename Params>
-std::vector<RoITaps<typename Params::acc_t>> merge_taps_of_rois(const Params& params, const ParallelFor& parallel_for) {
+std::vector<RoITaps<typename Params::acc_t>> merge_taps(const Params& params, const ParallelFor& parallel_for) {
   constexpr int64_t kGrain = 64;
   std::vector<RoITaps<typename Params::acc_t>> rois(params.num_rois);
   parallel_for(params.num_rois, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const auto roi = roi_at(params, k);
       if (roi.level >= 0) {
-        rois[k] = {roi.image, roi.level, merge_taps(roi.y), merge_taps(roi.x)};
+        rois[k] = {roi.image, roi.level, taps_of_bins(roi.y), taps_of_bins(roi.x)};
       }
     }
   });
   return rois;
+}
+
+// The RoIs by the map they lie on, and there from top to bottom, so that neighbours in the order share cache lines.
+// Those of map m, of image m / levels and level m % levels, are rois[offsets[m]] .. rois[offsets[m + 1] - 1]; empty
+// rows follow the last.
+struct RoIOrder {
+  std::vector<int64_t> rois;     // [K]
+  std::vector<int64_t> offsets;  // [N * L + 1]
+};
+
+template <typename Params>
+RoIOrder sort_by_map(const Params& params, const std::vector<RoITaps<typename Params::acc_t>>& rois) {
+  const int64_t num_levels = params.rule.num_levels, num_maps = params.num_images * num_levels;
+  const auto map_of = [&](const auto& roi) { return roi.level < 0 ? num_maps : roi.image * num_levels + roi.level; };
+  RoIOrder order;
+  order.rois.resize(rois.size());
+  std::iota(order.rois.begin(), order.rois.end(), 0);
+  std::sort(order.rois.begin(), order.rois.end(), [&](int64_t a, int64_t b) {
+    const auto key = [&](int64_t k) { return std::make_tuple(map_of(rois[k]), rois[k].y.first, rois[k].x.first, k); };
+    return key(a) < key(b);
+  });
+  order.offsets.assign(num_maps + 1, 0);
+  for (const auto& roi : rois) {
+    if (roi.level >= 0) {
+      ++order.offsets[map_of(roi) + 1];
+    }
+  }
+  std::partial_sum(order.offsets.begin(), order.offsets.end(), order.offsets.begin());
+  return order;
 }
 
 }  // namespace roialign::cpu

@@ -1,0 +1,303 @@
+// Bodies of the CPU forward. Part of for_each_target.h: stands in the namespace of an instruction set.
+
+// The x pass of a RoI as shuffles. The cells that its taps read are a window of a few vectors; lane i of a row of
+// bins is a sum over `depth` taps of a lane of the window times a weight.
+//
+//   row of cells     | . 1 2 3 4 5 6 7 |       the window, `chunks` vectors wide
+//   tap 0             [1 2 4 5]                a shuffle of it for each tap,
+//   tap 1             [2 3 5 6]                one lane for each bin
+//
+// Where a row of cells fits one vector and two rows of bins fit another, two rows are made at once.
+template <typename acc_t>
+struct Window {
+  int chunks = 0;  // 0: no window, taps go one by one
+  int rows = 1;    // rows of bins in a vector
+  int depth = 0;
+  int64_t start = 0;                                       // of the window, from the start of a row of the map
+  std::vector<typename VectorOf<acc_t>::index_t> indices;  // [blocks of bins, depth, lanes]
+  std::vector<acc_t> weights;                              // [blocks of bins, depth, lanes]
+};
+
+constexpr int kMaxChunks = 4;
+
+// Where a window over the cells [first, last] of both axes begins so that no vector reaches over the end of the
+// map: its column in a row, stepped back where need be. Negative if the map is too small to hold one.
+template <typename acc_t, typename Level>
+inline int64_t start_of_window(const Taps<acc_t>& y, const Taps<acc_t>& x, const Level& level, int64_t stride_h,
+                               int chunks) {
+  const int64_t end_of_map = (level.height - 1) * stride_h + level.width;
+  const int64_t end = y.last * stride_h + x.first + chunks * kLanes<acc_t>;
+  const int64_t start = x.first - std::max<int64_t>(end - end_of_map, 0);
+  return y.first * stride_h + start < 0 ? std::numeric_limits<int64_t>::min() : start;
+}
+
+template <typename acc_t, typename Level>
+Window<acc_t> make_window(const RoITaps<acc_t>& roi, const Level& level) {
+  constexpr int kL = kLanes<acc_t>;
+  Window<acc_t> window;
+  const Taps<acc_t>& x = roi.x;
+  const int num_bins = static_cast<int>(x.offsets.size()) - 1;
+  const int chunks = (x.width() + kL - 1) / kL;
+  if (!kHasShuffle || x.taps.empty() || roi.y.taps.empty() || chunks > kMaxChunks) {
+    return window;
+  }
+  for (int bin = 0; bin < num_bins; ++bin) {
+    if (x.offsets[bin] == x.offsets[bin + 1]) {
+      return window;  // a lane without taps would have nothing to shuffle in
+    }
+    window.depth = std::max(window.depth, x.offsets[bin + 1] - x.offsets[bin]);
+  }
+  window.start = start_of_window(roi.y, x, level, level.stride_h, chunks);
+  if (window.start == std::numeric_limits<int64_t>::min()) {
+    return window;
+  }
+  window.chunks = chunks;
+  window.rows = chunks == 1 && 2 * num_bins <= kL ? 2 : 1;
+  const int lanes = window.rows * num_bins;
+  const int blocks = (lanes + kL - 1) / kL;
+  window.indices.resize(int64_t(blocks) * window.depth * kL);
+  window.weights.resize(window.indices.size());
+  for (int lane = 0; lane < blocks * kL; ++lane) {
+    const int row = std::min(lane / num_bins, window.rows - 1), bin = lane < lanes ? lane % num_bins : num_bins - 1;
+    for (int d = 0; d < window.depth; ++d) {
+      const size_t i = (size_t(lane / kL) * window.depth + d) * kL + lane % kL;
+      // Past its own taps a bin repeats the first with weight 0: 0 times a cell of the map, not of what lies beside.
+      const int t = x.offsets[bin] + d;
+      const bool is_tap = t < x.offsets[bin + 1];
+      window.indices[i] = static_cast<typename VectorOf<acc_t>::index_t>(
+          row * kL + x.taps[is_tap ? t : x.offsets[bin]].index - window.start);
+      window.weights[i] = is_tap ? x.taps[t].weight : acc_t(0);
+    }
+  }
+  return window;
+}
+
+// One channel of a RoI through its window, a few vectors of bins at a time, so that the shuffles' indices and weights
+// are loaded once for all of them. Where rows of bins are shorter than a vector they are stored whole, the next over the
+// lanes that ran too far; `out_end` is where the caller's own memory ends.
+template <int kRows, int kChunks, typename scalar_t, typename acc_t>
+inline void pool_window(const RoITaps<acc_t>& roi, const Window<acc_t>& window, const scalar_t* plane, int64_t stride_h,
+                        scalar_t* out, const scalar_t* out_end, int bins_y, int bins_x) {
+  constexpr int kL = kLanes<acc_t>;
+  constexpr int kVectors = 4;
+  const int* offsets = roi.y.offsets.data();
+  const Tap<acc_t>* taps = roi.y.taps.data();
+  const scalar_t* first_row = plane + window.start;
+  for (int first_p = 0; first_p < bins_y; first_p += kVectors * kRows) {
+    Vector<acc_t> cells[kVectors][kRows * kChunks];
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors * kRows; ++i) {
+      Vector<acc_t> sums[kChunks] = {};
+      const int p = std::min(first_p + i, bins_y), end = offsets[std::min(p + 1, bins_y)];
+      for (int t = offsets[p]; t < end; ++t) {
+        const scalar_t* row = first_row + taps[t].index * stride_h;
+        for (int v = 0; v < kChunks; ++v) {
+          sums[v] += taps[t].weight * load<acc_t>(row + v * kL);
+        }
+      }
+      for (int v = 0; v < kChunks; ++v) {
+        cells[i / kRows][i % kRows * kChunks + v] = sums[v];
+      }
+    }
+    const int num_bins = std::min(kRows, bins_y) * bins_x;
+    const auto* indices = window.indices.data();
+    const acc_t* weights = window.weights.data();
+    for (int bin = 0; bin < num_bins; bin += kL) {
+      Vector<acc_t> bins[kVectors] = {};
+      for (int d = 0; d < window.depth; ++d, indices += kL, weights += kL) {
+        Indices<acc_t> lanes;
+        std::memcpy(&lanes, indices, sizeof(lanes));
+        const Vector<acc_t> weight = load<acc_t>(weights);
+        for (int i = 0; i < kVectors; ++i) {
+          bins[i] += weight * shuffle<acc_t>(cells[i], lanes);
+        }
+      }
+      for (int i = 0; i < kVectors; ++i) {
+        const int p = first_p + i * kRows;
+        const int valid = std::min(kL, std::min(kRows, bins_y - p) * bins_x - bin);
+        scalar_t* first = out + int64_t(p) * bins_x + bin;
+        if (valid == kL || (valid > 0 && num_bins <= kL && first + kL <= out_end)) {
+          store<acc_t>(first, bins[i]);
+        } else if (valid > 0) {
+          store<acc_t>(first, bins[i], valid);
+        }
+      }
+    }
+  }
+}
+
+// One channel of a RoI without a window: rows of cells where they have no gaps, else tap by tap.
+template <typename scalar_t, typename acc_t>
+void pool_taps(const RoITaps<acc_t>& roi, const scalar_t* plane, int64_t stride_h, scalar_t* out, int bins_y,
+               int bins_x, std::vector<acc_t>& row) {
+  const auto sum_x = [&](int q, const auto* cells, int first) {
+    acc_t sum = 0;
+    for (int t = roi.x.offsets[q]; t < roi.x.offsets[q + 1]; ++t) {
+      sum += roi.x.taps[t].weight * static_cast<acc_t>(cells[roi.x.taps[t].index - first]);
+    }
+    return sum;
+  };
+  const bool has_gaps = roi.x.has_gaps();
+  const int width = std::max(roi.x.width(), 0);
+  row.resize(width);
+  for (int p = 0; p < bins_y; ++p) {
+    const Tap<acc_t>* begin = roi.y.taps.data() + roi.y.offsets[p];
+    const Tap<acc_t>* end = roi.y.taps.data() + roi.y.offsets[p + 1];
+    if (!has_gaps) {
+      std::fill(row.begin(), row.end(), acc_t(0));
+      for (const Tap<acc_t>* tap = begin; tap != end; ++tap) {
+        const scalar_t* cells = plane + tap->index * stride_h + roi.x.first;
+        for (int i = 0; i < width; ++i) {
+          row[i] += tap->weight * static_cast<acc_t>(cells[i]);
+        }
+      }
+    }
+    for (int q = 0; q < bins_x; ++q) {
+      acc_t sum = 0;
+      if (has_gaps) {
+        for (const Tap<acc_t>* tap = begin; tap != end; ++tap) {
+          sum += tap->weight * sum_x(q, plane + tap->index * stride_h, 0);
+        }
+      } else {
+        sum = sum_x(q, row.data(), roi.x.first);
+      }
+      *out++ = static_cast<scalar_t>(sum);
+    }
+  }
+}
+
+// NCHW. A piece of work is a block of channels and a run of RoIs: the block's planes stay in cache while the RoIs
+// pass over them.
+template <typename Params>
+void pool_planes(const Params& params, const std::vector<RoITaps<typename Params::acc_t>>& rois, const RoIOrder& order,
+                 const ParallelFor& parallel_for) {
+  using scalar_t = typename Params::scalar_t;
+  using acc_t = typename Params::acc_t;
+  constexpr int kChannels = 8;
+  constexpr int64_t kManyBlocks = 16, kFewRois = 64;
+  const int64_t num_blocks = (params.num_channels + kChannels - 1) / kChannels;
+  const int64_t rois_in_run = num_blocks >= kManyBlocks ? params.num_rois : kFewRois;
+  const int64_t num_runs = (params.num_rois + rois_in_run - 1) / rois_in_run;
+  const int64_t bins = int64_t(params.bins_y) * params.bins_x;
+
+  std::vector<Window<acc_t>> windows(rois.size());
+  parallel_for(params.num_rois, kFewRois, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      if (rois[k].level >= 0) {
+        windows[k] = make_window(rois[k], params.levels[rois[k].level]);
+      }
+    }
+  });
+
+  parallel_for(num_blocks * num_runs, 1, [&](int64_t begin, int64_t end) {
+    std::vector<acc_t> row;
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int first_channel = static_cast<int>(piece / num_runs) * kChannels;
+      const int last_channel = std::min(first_channel + kChannels, params.num_channels);
+      const int64_t first_roi = piece % num_runs * rois_in_run;
+      const int64_t last_roi = std::min(first_roi + rois_in_run, params.num_rois);
+      for (int64_t i = first_roi; i < last_roi; ++i) {
+        const int64_t k = order.rois[i];
+        const auto& roi = rois[k];
+        scalar_t* out = params.pooled + (k * params.num_channels + first_channel) * bins;
+        scalar_t* const out_end = out + (last_channel - first_channel) * bins;
+        if (roi.level < 0) {
+          std::fill(out, out_end, scalar_t(0));
+          continue;
+        }
+        const auto& level = params.levels[roi.level];
+        const auto& window = windows[k];
+        const scalar_t* plane = level.map + roi.image * level.stride_n + first_channel * level.stride_c;
+        const auto pool = [&](const auto& pool_channel) {
+          for (; out != out_end; out += bins, plane += level.stride_c) {
+            pool_channel(plane, out);
+          }
+        };
+        const auto pool_with = [&](auto rows, auto chunks) {
+          pool([&](const scalar_t* map, scalar_t* pooled) {
+            pool_window<rows(), chunks()>(roi, window, map, level.stride_h, pooled, out_end, params.bins_y,
+                                          params.bins_x);
+          });
+        };
+        const std::integral_constant<int, 1> one;
+        if constexpr (kHasShuffle) {
+          switch (window.chunks) {
+            case 1:
+              window.rows == 2 ? pool_with(std::integral_constant<int, 2>(), one) : pool_with(one, one);
+              continue;
+            case 2:
+              pool_with(one, std::integral_constant<int, 2>());
+              continue;
+            case 3:
+              pool_with(one, std::integral_constant<int, 3>());
+              continue;
+            case 4:
+              pool_with(one, std::integral_constant<int, 4>());
+              continue;
+          }
+        }
+        pool([&](const scalar_t* map, scalar_t* pooled) {
+          pool_taps(roi, map, level.stride_h, pooled, params.bins_y, params.bins_x, row);
+        });
+      }
+    }
+  });
+}
+
+// One bin of kVectors vectors of channels, the last of them `tail` channels wide.
+template <int kVectors, typename scalar_t, typename acc_t, typename Level>
+inline void pool_bin(const RoITaps<acc_t>& roi, int p, int q, const Level& level, const scalar_t* map, scalar_t* bin,
+                     int tail) {
+  constexpr int kL = kLanes<acc_t>;
+  Vector<acc_t> sums[kVectors] = {};
+  for (int i = roi.y.offsets[p]; i < roi.y.offsets[p + 1]; ++i) {
+    const scalar_t* row = map + roi.y.taps[i].index * level.stride_h;
+    for (int j = roi.x.offsets[q]; j < roi.x.offsets[q + 1]; ++j) {
+      const scalar_t* cell = row + roi.x.taps[j].index * level.stride_w;
+      const acc_t weight = roi.y.taps[i].weight * roi.x.taps[j].weight;
+      for (int v = 0; v < kVectors; ++v) {
+        sums[v] += weight * (tail < kL ? load<acc_t>(cell + v * kL, tail) : load<acc_t>(cell + v * kL));
+      }
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    tail < kL ? store<acc_t>(bin + v * kL, sums[v], tail) : store<acc_t>(bin + v * kL, sums[v]);
+  }
+}
+
+// channels_last. A piece of work is a run of RoIs; a bin's channels are vectors that stay in registers until they
+// are stored once.
+template <typename Params>
+void pool_channels(const Params& params, const std::vector<RoITaps<typename Params::acc_t>>& rois,
+                   const RoIOrder& order, const ParallelFor& parallel_for) {
+  using scalar_t = typename Params::scalar_t;
+  using acc_t = typename Params::acc_t;
+  constexpr int kL = kLanes<acc_t>;
+  constexpr int kVectors = 8;
+  constexpr int64_t kRois = 8;
+  const int64_t num_channels = params.num_channels;
+  parallel_for(params.num_rois, kRois, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t k = order.rois[i];
+      const auto& roi = rois[k];
+      scalar_t* bin = params.pooled + k * params.bins_y * params.bins_x * num_channels;
+      if (roi.level < 0) {
+        std::fill_n(bin, int64_t(params.bins_y) * params.bins_x * num_channels, scalar_t(0));
+        continue;
+      }
+      const auto& level = params.levels[roi.level];
+      const scalar_t* map = level.map + roi.image * level.stride_n;
+      for (int p = 0; p < params.bins_y; ++p) {
+        for (int q = 0; q < params.bins_x; ++q, bin += num_channels) {
+          int64_t c = 0;
+          for (; c + kVectors * kL <= num_channels; c += kVectors * kL) {
+            pool_bin<kVectors>(roi, p, q, level, map + c, bin + c, kL);
+          }
+          for (; c < num_channels; c += kL) {
+            pool_bin<1>(roi, p, q, level, map + c, bin + c, static_cast<int>(std::min<int64_t>(kL, num_channels - c)));
+          }
+        }
+      }
+    }
+  });
+}
