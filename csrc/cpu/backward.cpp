@@ -10,7 +10,6 @@
 #endif
 
 #define ROIALIGN_KERNELS "backward_kernels.h"
-#include "dispatch.h"
 #include "for_each_target.h"
 
 namespace roialign::cpu {

@@ -1,9 +1,13 @@
-// Which instruction set the CPU kernels run with, after for_each_target.h. Knows the machine.
+// Which instruction sets the compiler can build, and which one the CPU kernels run with. Knows the machine.
 #pragma once
 
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+#define ROIALIGN_HAS_TARGETS
+#endif
 
 namespace roialign::cpu {
 

@@ -5,8 +5,9 @@
 //
 // No include guard: every direction includes it for its own kernels, after all their headers.
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
-#define ROIALIGN_HAS_TARGETS
+#include "dispatch.h"
+
+#ifdef ROIALIGN_HAS_TARGETS
 
 // Vectors of a wider instruction set never cross a function that is not inlined.
 #pragma GCC diagnostic push

@@ -8,7 +8,6 @@
 #endif
 
 #define ROIALIGN_KERNELS "forward_kernels.h"
-#include "dispatch.h"
 #include "for_each_target.h"
 
 namespace roialign::cpu {
