@@ -35,6 +35,11 @@ def launch_count() -> int:
     return int(_module.launch_count())
 
 
+def set_cpu_capability(name: str) -> bool:
+    """Run the CPU kernels with the instruction set "baseline", "avx2" or "avx512"; False if it cannot be had."""
+    return bool(_module.set_cpu_capability(name))
+
+
 def _load() -> ModuleType:
     if importlib.util.find_spec("roialign_ext._C") is not None:
         return _load_ahead_of_time()
