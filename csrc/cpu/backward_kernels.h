@@ -224,52 +224,54 @@ void gather_planes(const Params& params, const std::vector<RoITaps<typename Para
     }
   }
 
-  parallel_for(static_cast<int64_t>(pieces.size()), 1, [&](int64_t begin, int64_t end) {
-    Accumulator<scalar_t, acc_t> accumulator;
-    std::vector<acc_t> row, spread(int64_t(params.bins_y + kRows) * kMaxChunks * kL), is_bin(kL);
-    std::fill_n(is_bin.begin(), std::min(params.bins_x, kL), acc_t(1));
-    for (int64_t i = begin; i < end; ++i) {
-      const auto [map, first_channel, last_channel] = pieces[i];
-      const auto& level = params.levels[map % num_levels];
-      scalar_t* grad = level.map + map / num_levels * level.stride_n + first_channel * level.stride_c;
-      const int64_t num_cells = int64_t(level.height) * level.width;
-      acc_t* planes = accumulator.start(grad, num_cells * (last_channel - first_channel));
-      for (int64_t j = order.offsets[map]; j < order.offsets[map + 1]; ++j) {
-        const int64_t k = order.rois[j];
-        const scalar_t* grad_bins = params.pooled + (k * num_channels + first_channel) * bins;
-        acc_t* plane = planes;
-        const auto add = [&](const auto& add_channel) {
-          for (int64_t c = first_channel; c < last_channel; ++c, grad_bins += bins, plane += num_cells) {
-            add_channel();
-          }
-        };
-        const auto add_with = [&](auto chunks) {
-          add([&] {
-            add_window<chunks()>(cells[k], plane, level.width, grad_bins, grad_end, params.bins_y, params.bins_x,
-                                 is_bin.data(), spread.data());
-          });
-        };
-        if constexpr (kHasShuffle) {
-          switch (cells[k].window.chunks) {
-            case 1:
-              add_with(std::integral_constant<int, 1>());
-              continue;
-            case 2:
-              add_with(std::integral_constant<int, 2>());
-              continue;
-            case 3:
-              add_with(std::integral_constant<int, 3>());
-              continue;
-            case 4:
-              add_with(std::integral_constant<int, 4>());
-              continue;
-          }
-        }
-        add([&] { add_taps(rois[k], plane, level.width, grad_bins, params.bins_y, params.bins_x, row); });
-      }
-      accumulator.finish(grad, num_cells * (last_channel - first_channel));
-    }
-  });
+  const int64_t num_pieces = static_cast<int64_t>(pieces.size());
+  parallel_for(num_pieces, grain_of(num_cells_of(params) + num_bins_of(params), num_pieces),
+               [&](int64_t begin, int64_t end) {
+                 Accumulator<scalar_t, acc_t> accumulator;
+                 std::vector<acc_t> row, spread(int64_t(params.bins_y + kRows) * kMaxChunks * kL), is_bin(kL);
+                 std::fill_n(is_bin.begin(), std::min(params.bins_x, kL), acc_t(1));
+                 for (int64_t i = begin; i < end; ++i) {
+                   const auto [map, first_channel, last_channel] = pieces[i];
+                   const auto& level = params.levels[map % num_levels];
+                   scalar_t* grad = level.map + map / num_levels * level.stride_n + first_channel * level.stride_c;
+                   const int64_t num_cells = int64_t(level.height) * level.width;
+                   acc_t* planes = accumulator.start(grad, num_cells * (last_channel - first_channel));
+                   for (int64_t j = order.offsets[map]; j < order.offsets[map + 1]; ++j) {
+                     const int64_t k = order.rois[j];
+                     const scalar_t* grad_bins = params.pooled + (k * num_channels + first_channel) * bins;
+                     acc_t* plane = planes;
+                     const auto add = [&](const auto& add_channel) {
+                       for (int64_t c = first_channel; c < last_channel; ++c, grad_bins += bins, plane += num_cells) {
+                         add_channel();
+                       }
+                     };
+                     const auto add_with = [&](auto chunks) {
+                       add([&] {
+                         add_window<chunks()>(cells[k], plane, level.width, grad_bins, grad_end, params.bins_y,
+                                              params.bins_x, is_bin.data(), spread.data());
+                       });
+                     };
+                     if constexpr (kHasShuffle) {
+                       switch (cells[k].window.chunks) {
+                         case 1:
+                           add_with(std::integral_constant<int, 1>());
+                           continue;
+                         case 2:
+                           add_with(std::integral_constant<int, 2>());
+                           continue;
+                         case 3:
+                           add_with(std::integral_constant<int, 3>());
+                           continue;
+                         case 4:
+                           add_with(std::integral_constant<int, 4>());
+                           continue;
+                       }
+                     }
+                     add([&] { add_taps(rois[k], plane, level.width, grad_bins, params.bins_y, params.bins_x, row); });
+                   }
+                   accumulator.finish(grad, num_cells * (last_channel - first_channel));
+                 }
+               });
 }
 
 // Adds kVectors vectors of channels of a RoI to a row of cells, the last of them `tail` channels wide.
@@ -330,34 +332,36 @@ void gather_rows(const Params& params, const std::vector<RoITaps<typename Params
       rows.emplace_back(map, y);
     }
   }
-  parallel_for(static_cast<int64_t>(rows.size()), 1, [&](int64_t begin, int64_t end) {
-    Accumulator<scalar_t, acc_t> accumulator;
-    std::vector<acc_t> spread(int64_t(params.bins_x) * kVectors * kL);
-    for (int64_t piece = begin; piece < end; ++piece) {
-      const auto [map, y] = rows[piece];
-      const auto& level = params.levels[map % num_levels];
-      scalar_t* grad = level.map + map / num_levels * level.stride_n + y * level.stride_h;
-      acc_t* line = accumulator.start(grad, level.width * num_channels);
-      for (int64_t i = order.offsets[map]; i < order.offsets[map + 1]; ++i) {
-        const int64_t k = order.rois[i];
-        const int row = y - cells[k].y.first;
-        if (row < 0) {
-          break;  // the order is from top to bottom: neither this RoI nor any that follows reaches up here
+  const int64_t num_pieces = static_cast<int64_t>(rows.size());
+  parallel_for(
+      num_pieces, grain_of(num_cells_of(params) + num_bins_of(params), num_pieces), [&](int64_t begin, int64_t end) {
+        Accumulator<scalar_t, acc_t> accumulator;
+        std::vector<acc_t> spread(int64_t(params.bins_x) * kVectors * kL);
+        for (int64_t piece = begin; piece < end; ++piece) {
+          const auto [map, y] = rows[piece];
+          const auto& level = params.levels[map % num_levels];
+          scalar_t* grad = level.map + map / num_levels * level.stride_n + y * level.stride_h;
+          acc_t* line = accumulator.start(grad, level.width * num_channels);
+          for (int64_t i = order.offsets[map]; i < order.offsets[map + 1]; ++i) {
+            const int64_t k = order.rois[i];
+            const int row = y - cells[k].y.first;
+            if (row < 0) {
+              break;  // the order is from top to bottom: neither this RoI nor any that follows reaches up here
+            }
+            if (row >= cells[k].y.width() || cells[k].y.offsets[row] == cells[k].y.offsets[row + 1]) {
+              continue;
+            }
+            const scalar_t* grad_bins = params.pooled + k * params.bins_y * params.bins_x * num_channels;
+            int64_t c = 0;
+            for (; c + kVectors * kL <= num_channels; c += kVectors * kL) {
+              add_row<kVectors>(cells[k], row, line + c, num_channels, grad_bins + c, params.bins_x, kL, spread.data());
+            }
+            for (; c < num_channels; c += kL) {
+              add_row<1>(cells[k], row, line + c, num_channels, grad_bins + c, params.bins_x,
+                         static_cast<int>(std::min<int64_t>(kL, num_channels - c)), spread.data());
+            }
+          }
+          accumulator.finish(grad, level.width * num_channels);
         }
-        if (row >= cells[k].y.width() || cells[k].y.offsets[row] == cells[k].y.offsets[row + 1]) {
-          continue;
-        }
-        const scalar_t* grad_bins = params.pooled + k * params.bins_y * params.bins_x * num_channels;
-        int64_t c = 0;
-        for (; c + kVectors * kL <= num_channels; c += kVectors * kL) {
-          add_row<kVectors>(cells[k], row, line + c, num_channels, grad_bins + c, params.bins_x, kL, spread.data());
-        }
-        for (; c < num_channels; c += kL) {
-          add_row<1>(cells[k], row, line + c, num_channels, grad_bins + c, params.bins_x,
-                     static_cast<int>(std::min<int64_t>(kL, num_channels - c)), spread.data());
-        }
-      }
-      accumulator.finish(grad, level.width * num_channels);
-    }
-  });
+      });
 }

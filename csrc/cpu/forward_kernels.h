@@ -189,59 +189,60 @@ void pool_planes(const Params& params, const std::vector<RoITaps<typename Params
     }
   });
 
-  parallel_for(num_blocks * num_runs, 1, [&](int64_t begin, int64_t end) {
-    std::vector<acc_t> row;
-    for (int64_t piece = begin; piece < end; ++piece) {
-      const int first_channel = static_cast<int>(piece / num_runs) * kChannels;
-      const int last_channel = std::min(first_channel + kChannels, params.num_channels);
-      const int64_t first_roi = piece % num_runs * rois_in_run;
-      const int64_t last_roi = std::min(first_roi + rois_in_run, params.num_rois);
-      for (int64_t i = first_roi; i < last_roi; ++i) {
-        const int64_t k = order.rois[i];
-        const auto& roi = rois[k];
-        scalar_t* out = params.pooled + (k * params.num_channels + first_channel) * bins;
-        scalar_t* const out_end = out + (last_channel - first_channel) * bins;
-        if (roi.level < 0) {
-          std::fill(out, out_end, scalar_t(0));
-          continue;
-        }
-        const auto& level = params.levels[roi.level];
-        const auto& window = windows[k];
-        const scalar_t* plane = level.map + roi.image * level.stride_n + first_channel * level.stride_c;
-        const auto pool = [&](const auto& pool_channel) {
-          for (; out != out_end; out += bins, plane += level.stride_c) {
-            pool_channel(plane, out);
-          }
-        };
-        const auto pool_with = [&](auto rows, auto chunks) {
-          pool([&](const scalar_t* map, scalar_t* pooled) {
-            pool_window<rows(), chunks()>(roi, window, map, level.stride_h, pooled, out_end, params.bins_y,
-                                          params.bins_x);
-          });
-        };
-        const std::integral_constant<int, 1> one;
-        if constexpr (kHasShuffle) {
-          switch (window.chunks) {
-            case 1:
-              window.rows == 2 ? pool_with(std::integral_constant<int, 2>(), one) : pool_with(one, one);
-              continue;
-            case 2:
-              pool_with(one, std::integral_constant<int, 2>());
-              continue;
-            case 3:
-              pool_with(one, std::integral_constant<int, 3>());
-              continue;
-            case 4:
-              pool_with(one, std::integral_constant<int, 4>());
-              continue;
-          }
-        }
-        pool([&](const scalar_t* map, scalar_t* pooled) {
-          pool_taps(roi, map, level.stride_h, pooled, params.bins_y, params.bins_x, row);
-        });
-      }
-    }
-  });
+  parallel_for(num_blocks * num_runs, grain_of(num_bins_of(params), num_blocks * num_runs),
+               [&](int64_t begin, int64_t end) {
+                 std::vector<acc_t> row;
+                 for (int64_t piece = begin; piece < end; ++piece) {
+                   const int first_channel = static_cast<int>(piece / num_runs) * kChannels;
+                   const int last_channel = std::min(first_channel + kChannels, params.num_channels);
+                   const int64_t first_roi = piece % num_runs * rois_in_run;
+                   const int64_t last_roi = std::min(first_roi + rois_in_run, params.num_rois);
+                   for (int64_t i = first_roi; i < last_roi; ++i) {
+                     const int64_t k = order.rois[i];
+                     const auto& roi = rois[k];
+                     scalar_t* out = params.pooled + (k * params.num_channels + first_channel) * bins;
+                     scalar_t* const out_end = out + (last_channel - first_channel) * bins;
+                     if (roi.level < 0) {
+                       std::fill(out, out_end, scalar_t(0));
+                       continue;
+                     }
+                     const auto& level = params.levels[roi.level];
+                     const auto& window = windows[k];
+                     const scalar_t* plane = level.map + roi.image * level.stride_n + first_channel * level.stride_c;
+                     const auto pool = [&](const auto& pool_channel) {
+                       for (; out != out_end; out += bins, plane += level.stride_c) {
+                         pool_channel(plane, out);
+                       }
+                     };
+                     const auto pool_with = [&](auto rows, auto chunks) {
+                       pool([&](const scalar_t* map, scalar_t* pooled) {
+                         pool_window<rows(), chunks()>(roi, window, map, level.stride_h, pooled, out_end, params.bins_y,
+                                                       params.bins_x);
+                       });
+                     };
+                     const std::integral_constant<int, 1> one;
+                     if constexpr (kHasShuffle) {
+                       switch (window.chunks) {
+                         case 1:
+                           window.rows == 2 ? pool_with(std::integral_constant<int, 2>(), one) : pool_with(one, one);
+                           continue;
+                         case 2:
+                           pool_with(one, std::integral_constant<int, 2>());
+                           continue;
+                         case 3:
+                           pool_with(one, std::integral_constant<int, 3>());
+                           continue;
+                         case 4:
+                           pool_with(one, std::integral_constant<int, 4>());
+                           continue;
+                       }
+                     }
+                     pool([&](const scalar_t* map, scalar_t* pooled) {
+                       pool_taps(roi, map, level.stride_h, pooled, params.bins_y, params.bins_x, row);
+                     });
+                   }
+                 }
+               });
 }
 
 // One bin of kVectors vectors of channels, the last of them `tail` channels wide.
@@ -274,9 +275,8 @@ void pool_channels(const Params& params, const std::vector<RoITaps<typename Para
   using acc_t = typename Params::acc_t;
   constexpr int kL = kLanes<acc_t>;
   constexpr int kVectors = 8;
-  constexpr int64_t kRois = 8;
   const int64_t num_channels = params.num_channels;
-  parallel_for(params.num_rois, kRois, [&](int64_t begin, int64_t end) {
+  parallel_for(params.num_rois, grain_of(num_bins_of(params), params.num_rois), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t k = order.rois[i];
       const auto& roi = rois[k];

@@ -11,6 +11,28 @@
 
 namespace roialign::cpu {
 
+// Pieces to hand out at a time, `num_pieces` making `num_values` in all: fewer values than this are made sooner than a
+// second thread wakes up.
+inline int64_t grain_of(int64_t num_values, int64_t num_pieces) {
+  constexpr int64_t kValuesPerThread = 32768;
+  return std::max<int64_t>(kValuesPerThread * num_pieces / std::max<int64_t>(num_values, 1), 1);
+}
+
+template <typename Params>
+int64_t num_bins_of(const Params& params) {
+  return params.num_rois * params.num_channels * params.bins_y * params.bins_x;
+}
+
+// Cells of all maps, channels included.
+template <typename Params>
+int64_t num_cells_of(const Params& params) {
+  int64_t cells = 0;
+  for (int l = 0; l < params.rule.num_levels; ++l) {
+    cells += int64_t(params.levels[l].height) * params.levels[l].width;
+  }
+  return cells * params.num_images * params.num_channels;
+}
+
 template <typename acc_t>
 struct Tap {
   int index;  // of the cell a bin reads, or of the bin a cell feeds
