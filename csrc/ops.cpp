@@ -1,10 +1,12 @@
 // The operators as torch sees them: schemas, checks, allocation, filling the params, dtype switch, registration.
 // The only file that knows torch. roialign_ext/ops.py gives the operators their gradients and fake kernels.
-#include "cpu/kernels.h"
-#include "geometry.h"
 #if defined(ROIALIGN_EXT_WITH_CUDA) || defined(ROIALIGN_EXT_EMULATED)
 #include "cuda/launch.h"
 #endif
+#ifndef ROIALIGN_EXT_EMULATED
+#include "cpu/kernels.h"
+#endif
+#include "geometry.h"
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -249,8 +251,10 @@ class Cuda {
 
 #endif
 
+#ifndef ROIALIGN_EXT_EMULATED
+
 // Hands pieces to whichever thread is free, because RoIs and levels differ in cost.
-[[maybe_unused]] void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& work) {
+void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& work) {
   const int64_t num_pieces = (count + grain - 1) / grain;
   const int64_t num_threads = std::min<int64_t>(at::get_num_threads(), num_pieces);
   std::atomic<int64_t> next{0};
@@ -279,6 +283,8 @@ class Cpu {
     cpu::assign_levels(params);
   }
 };
+
+#endif
 
 // Calls: what both directions check and tell the kernels.
 
@@ -401,6 +407,8 @@ std::vector<Tensor> roi_align_backward(const Tensor& grad_output, const Tensor& 
                                        double canonical_scale, bool channels_last) {
   const int64_t num_levels = static_cast<int64_t>(map_sizes.size()) / 2;
   const char* who = name_of_call(num_levels);
+  TORCH_CHECK_VALUE(map_sizes.size() % 2 == 0, who, ": `map_sizes` must hold a height and a width for each level, got ",
+                    map_sizes.size(), " numbers");
   check_int(who, "levels of `map_sizes`", num_levels, 1, kMaxLevels);
   check_float(who, "`grad_output`", grad_output);
   check_boxes(who, boxes, 5, grad_output.device());
@@ -514,7 +522,11 @@ pybind11::dict build_info() {
 #else
   info["compiler"] = "g++ " __VERSION__;
 #endif
+#ifdef ROIALIGN_EXT_EMULATED
+  info["cpu_capability"] = pybind11::none();
+#else
   info["cpu_capability"] = cpu::capability();
+#endif
   return info;
 }
 
@@ -531,7 +543,9 @@ int64_t launch_count() {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("build_info", &roialign::build_info, "What was compiled: versions, architectures, compiler.");
+#ifndef ROIALIGN_EXT_EMULATED
   module.def("set_cpu_capability", &roialign::cpu::set_capability,
              "Runs the CPU kernels with an instruction set by name; false if machine or build lack it.");
+#endif
   module.def("launch_count", &roialign::launch_count, "CUDA kernels started so far.");
 }

@@ -107,14 +107,16 @@ __device__ void for_each_roi(const Params& params, const Tile& tile, int thread,
     }
     __syncthreads();
     for (int i = 0; i < num_kept; ++i) {
-      const RoI<acc_t> roi = roi_at(params, kept[i]);
       for (int first_p = 0; first_p < params.bins_y; first_p += kTileBins) {
         for (int first_q = 0; first_q < params.bins_x; first_q += kTileBins) {
-          // One warp each, so that the two do not diverge.
-          if (warp == 0 && lane < kTileBins) {
-            weights_y.fill(roi.y, first_p, lane, tile.y);
-          } else if (warp == 1 && lane < kTileBins) {
-            weights_x.fill(roi.x, first_q, lane, tile.x);
+          // An axis each for the first two warps, so that the two do not diverge.
+          if (warp < 2 && lane < kTileBins) {
+            const RoI<acc_t> roi = roi_at(params, kept[i]);
+            if (warp == 0) {
+              weights_y.fill(roi.y, first_p, lane, tile.y);
+            } else {
+              weights_x.fill(roi.x, first_q, lane, tile.x);
+            }
           }
           __syncthreads();
           add(kept[i], first_p, first_q, weights_y, weights_x);
@@ -122,8 +124,6 @@ __device__ void for_each_roi(const Params& params, const Tile& tile, int thread,
         }
       }
     }
-    // Without this a fast warp would pack the next candidates over the list that a slow one still reads.
-    __syncthreads();
   }
 }
 

@@ -1,0 +1,383 @@
+"""The emulated device: that it runs CUDA as CUDA is defined, and that it and the tests notice a kernel that is wrong.
+
+The table of cases runs on it in the other files, as on any device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import oracles
+import pytest
+import torch
+from cases import CASE, GRADIENTS, LAYOUTS, VALUES
+from torch import Tensor
+
+import roialign_ext
+
+emulation = pytest.importorskip("emulation", reason="no tests/emulation beside the tests")
+
+TESTS = Path(__file__).resolve().parent
+EMULATED = pytest.mark.parametrize("device_name", ["emulated"], indirect=True)
+CUDA_KERNELS = pytest.mark.parametrize("device_name", ["emulated", "cuda"], indirect=True)
+LAYOUT = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+
+
+def self_check(sanitize: bool = False) -> Path:
+    """The library of small kernels."""
+    flags = emulation.SANITIZE if sanitize else []
+    source = emulation.EMULATION / "self_check.cu"
+    compiled = emulation.compile_object(source, emulation.FLAGS + flags, emulation.EMULATION)
+    return emulation.link("self_check", [compiled], [*flags, "-ldl"])
+
+
+@pytest.fixture(scope="module")
+def run() -> Callable[..., tuple[str, Tensor]]:
+    """Runs a small kernel by name."""
+    check = ctypes.CDLL(str(self_check())).self_check
+    check.restype = ctypes.c_char_p
+
+    def run(name: str, values: Tensor | None = None, size: int = 1) -> tuple[str, Tensor]:
+        values = torch.zeros(64) if values is None else values
+        output = torch.full((size,), -7.0)
+        error = check(name.encode(), ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(output.data_ptr()))
+        return (error or b"").decode(), output
+
+    return run
+
+
+class TestTheEmulator:
+    """Kernels of a few lines; oracles by eye."""
+
+    SUMMANDS = torch.arange(64 * 256).remainder(97).float()
+
+    @pytest.mark.parametrize("seed", ["0", "1", "2"])
+    def test_barriers_order_shared_memory(self, run, seed, monkeypatch):
+        monkeypatch.setenv("ROIALIGN_EXT_EMULATION_SEED", seed)
+        error, sums = run("block_sum", self.SUMMANDS, 64)
+        assert not error and sums.tolist() == self.SUMMANDS.view(64, 256).sum(1).tolist()
+
+    @pytest.mark.parametrize("seed", ["0", "1", "2"])
+    def test_a_missing_barrier_shows(self, run, seed, monkeypatch):
+        monkeypatch.setenv("ROIALIGN_EXT_EMULATION_SEED", seed)
+        error, sums = run("block_sum_without_barrier", self.SUMMANDS, 64)
+        assert not error and (sums != self.SUMMANDS.view(64, 256).sum(1)).sum() > 32
+
+    def test_a_missing_warp_barrier_shows(self, run):
+        lanes = torch.arange(32.0)
+        assert run("neighbour", lanes, 32)[1].tolist() == lanes.roll(-1).tolist()
+        assert run("neighbour_without_barrier", lanes, 32)[1].isnan().any()
+
+    def test_collectives(self, run):
+        lane = torch.arange(32)
+        error, output = run("collectives", lane.float(), 320)
+        expected = [
+            torch.full((32,), 3),
+            lane // 8 * 8 + 3,
+            torch.where(lane < 2, lane, lane - 2),
+            torch.where(lane % 16 < 14, lane + 2, lane),
+            lane ^ 5,
+            (lane + 2) // 3,
+            torch.ones(32),
+            lane % 5,
+            torch.where(lane < 16, lane ^ 1, torch.nan),
+            torch.full((32,), 10 + 100),
+        ]
+        assert not error
+        torch.testing.assert_close(output.view(10, 32), torch.stack([row.float() for row in expected]), equal_nan=True)
+
+    def test_indices_of_threads_and_blocks(self, run):
+        error, output = run("indices", size=12 * 30)
+        assert not error and output.tolist() == list(range(12 * 30))
+
+    def test_shared_memory_of_a_new_block_is_nan(self, run):
+        error, output = run("uninitialised", size=100)
+        assert not error and output.tolist() == [1.0] * 100
+
+    @pytest.mark.parametrize(
+        "kernel, complaint",
+        [
+            (
+                "barrier_after_exit",
+                r"not all threads reach:\n  threads 0-4 6-63: __sync.*\n  threads 5: exited",
+            ),
+            ("two_barriers", r"not all threads reach:\n  threads 0-31: __syncthreads at .*\n  threads 32-63: __sync"),
+            ("missing_lane", r"not all lanes .*\n  threads 0-8 10-31: __syncwarp at .* with mask 0xffffffff\n"),
+            ("foreign_mask", r"lane \d+ calls __ballot_sync at .* with a mask that does not name it"),
+        ],
+    )
+    def test_a_barrier_that_not_all_reach_names_the_kernel(self, run, kernel, complaint):
+        error, _ = run(kernel)
+        assert f"{kernel}_kernel" in error.splitlines()[0]
+        assert re.search(complaint, error)
+        # Nothing of it is left for the next launch.
+        assert not run("block_sum", self.SUMMANDS, 64)[0]
+
+    def test_a_block_that_no_gpu_takes_is_refused(self, run):
+        assert run("too_large_a_block")[0] == "invalid configuration argument"
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "kernel, complaint",
+        [
+            ("past_the_end", "AddressSanitizer: heap-buffer-overflow"),
+            ("past_shared", "out of bounds for type 'float"),
+            ("misaligned", "misaligned address"),
+            ("cast_of_nan", "outside the range of representable values"),
+        ],
+    )
+    def test_sanitizers_see_into_kernels(self, kernel, complaint):
+        code = (
+            "import ctypes, math, sys; floats = ctypes.c_float * 32;"
+            "ctypes.CDLL(sys.argv[1]).self_check(sys.argv[2].encode(), floats(*[math.nan] * 32), floats())"
+        )
+        command = [sys.executable, "-c", code, str(self_check(sanitize=True)), kernel]
+        environment = {**emulation.sanitizer_environment(), "PYTHONMALLOC": "malloc"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode != 0
+        assert complaint in done.stderr and f"{kernel}_kernel" in done.stderr
+
+
+class TestLaunches:
+    """The launcher counts: the whole pyramid is one launch each way."""
+
+    @pytest.fixture
+    def launches(self, device_name) -> Callable[[], int]:
+        from roialign_ext import _library
+
+        return emulation.launch_count if device_name == "emulated" else _library.launch_count
+
+    @LAYOUT
+    @pytest.mark.parametrize("name", ["levels-5", "output-14x14", "channels-257", "bins-far-larger-than-samples"])
+    @CUDA_KERNELS
+    def test_one_forward_and_one_backward(self, name, layout, device, launches):
+        case = CASE[name]
+        features = LAYOUTS[layout]([f.to(device) for f in case.features(torch.float32)])
+        inputs = [f.detach().requires_grad_() for f in features]
+        start = launches()
+        output = oracles.pool(case, inputs)
+        assert launches() - start == 1
+        output.backward(torch.randn_like(output))
+        assert launches() - start == 2
+
+    @CUDA_KERNELS
+    def test_none_for_empty_work(self, device, launches):
+        start = launches()
+        for images, channels, boxes in [(1, 3, 0), (0, 3, 0), (1, 0, 2)]:
+            features = torch.zeros(images, channels, 8, 8, device=device, requires_grad=True)
+            rows = torch.tensor([[0.0, 1, 1, 5, 5]] * boxes).reshape(-1, 5).to(device)
+            roialign_ext.roi_align(features, rows, 2).sum().backward()
+        assert launches() == start
+
+    @CUDA_KERNELS
+    def test_one_for_assign_levels(self, device, launches):
+        start = launches()
+        roialign_ext.assign_levels(torch.rand(1000, 4).to(device), 4)
+        assert launches() - start == 1
+
+    @LAYOUT
+    @CUDA_KERNELS
+    def test_gradients_are_not_filled_with_zeros_first(self, layout, device):
+        case = CASE["levels-of-which-one-is-empty"]
+        features = LAYOUTS[layout]([f.to(device) for f in case.features(torch.float32)])
+        inputs = [f.detach().requires_grad_() for f in features]
+        output = oracles.pool(case, inputs)
+        weight = torch.ones_like(output)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+            torch.autograd.grad(output, inputs, weight)
+        called = {event.name for event in profile.events()}
+        assert any("roi_align_backward" in name for name in called)
+        assert not called & {"aten::zero_", "aten::zeros", "aten::zeros_like", "aten::fill_", "aten::full"}
+
+    @LAYOUT
+    @CUDA_KERNELS
+    def test_the_backward_writes_every_cell(self, layout, device, deterministic_algorithms):
+        # In this mode torch fills what it allocates with NaN, which only a write can remove.
+        case = CASE["levels-of-which-one-is-empty"]
+        features = LAYOUTS[layout]([f.to(device) for f in case.features(torch.float32)])
+        inputs = [f.detach().requires_grad_() for f in features]
+        output = oracles.pool(case, inputs)
+        for grad in torch.autograd.grad(output, inputs, torch.ones_like(output)):
+            assert grad.isfinite().all()
+
+
+class TestOrderOfThreads:
+    """Other orders of threads, warps and blocks give the same bits, which are right."""
+
+    @pytest.mark.parametrize("seed", ["1", "2", "3"])
+    @LAYOUT
+    @pytest.mark.parametrize("name", ["levels-3", "output-14x14", "images-interleaved", "bins-far-larger-than-samples"])
+    @EMULATED
+    def test_any_order(self, name, layout, seed, device, monkeypatch):
+        case = CASE[name]
+
+        def run() -> list[Tensor]:
+            inputs = [f.detach().requires_grad_() for f in LAYOUTS[layout](case.features(torch.float32))]
+            output = oracles.pool(case, inputs)
+            return [output, *torch.autograd.grad(output, inputs, oracles.cotangent(case, torch.float32))]
+
+        before = run()
+        monkeypatch.setenv("ROIALIGN_EXT_EMULATION_SEED", seed)
+        found = run()
+        assert all(torch.equal(a, b) for a, b in zip(before, found))
+        oracles.assert_within(found[0], *oracles.values(case, torch.float32), VALUES[torch.float32])
+        for values in zip(found[1:], *oracles.gradients(case, torch.float32)):
+            oracles.assert_within(*values, GRADIENTS[torch.float32])
+
+
+def pytest_run(selection: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Tests in another process, on this process's installation of the package."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *selection]
+    command.append("--capture=sys")  # a sanitizer's last words go past Python
+    package = str(Path(roialign_ext.__file__).resolve().parent.parent)
+    path = os.pathsep.join([package, *filter(None, [environment.get("PYTHONPATH")])])
+    return subprocess.run(
+        command, cwd=TESTS, capture_output=True, text=True, env={**environment, "PYTHONPATH": path}, timeout=1500
+    )
+
+
+@pytest.mark.slow
+class TestSanitizers:
+    """The table of cases under AddressSanitizer, a redzone round every tensor, and UndefinedBehaviorSanitizer."""
+
+    @pytest.mark.parametrize("file", ["test_values.py", "test_gradients.py", "test_hostile_input.py"])
+    def test_every_emulated_test(self, file):
+        emulation.build(sanitize=True)
+        # With a thousand boxes the reference takes minutes here; TestRepeatable runs them without it.
+        tests = "emulated and not (many-boxes and not TestRepeatable)"
+        done = pytest_run([file, "-k", tests], emulation.sanitizer_environment())
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+        assert re.search(r"\d+ passed", done.stdout)
+
+
+# What a mutant is tested with: a few cases that reach every kernel, and runs that must repeat.
+def chosen(file: str, test: str, cases: str) -> list[str]:
+    return [file, "-k", f"emulated and {test} and float32 and (contiguous or channels_last) and ({cases})"]
+
+
+FEW = "levels-3 or images-uneven or output-14x14 or channels-5"
+SELECTIONS = {
+    "forward.cu": chosen("test_values.py", "test_values", f"{FEW} or seventeen-samples"),
+    "backward.cu": chosen("test_gradients.py", "test_gradients", FEW),
+    "repeated": chosen("test_gradients.py", "test_from_run_to_run", "many-boxes"),
+}
+
+# Name: file, what stands in it, what the mutant has instead.
+WRONG = {
+    "level-too-fine": ("forward.cu", "params.levels[roi.level]", "params.levels[max(roi.level - 1, 0)]"),
+    "first-image-for-all": ("forward.cu", "roi.image * level.stride_n", "0 * level.stride_n"),
+    "next-column": ("forward.cu", "line + taps_x.cell[tile_q][j];", "line + taps_x.cell[tile_q][j] + 1;"),
+    "weight-of-neighbouring-bin": ("forward.cu", "* taps_x.weight[q][j]", "* taps_x.weight[q ^ 1][j]"),
+    "rounds-overlap": ("forward.cu", "round * kRoundSamples", "round * (kRoundSamples - 1)"),
+    "lane-counts-itself": ("backward.cu", "(1u << lane) - 1", "(2u << lane) - 1"),
+    "weights-not-zeroed": ("backward.cu", "weight[bin][i] = acc_t(0);", ";"),
+    "tile-misses-a-row": ("backward.cu", "y.end > tile.y &&", "y.end > tile.y + 4 &&"),
+    "any-level": ("backward.cu", "roi.level != tile.level ||", ""),
+    "weight-of-neighbouring-column": ("backward.cu", "weights_x.weight[q][tile_x]", "weights_x.weight[q][tile_x ^ 1]"),
+    "weight-of-neighbouring-row": ("backward.cu", "weight[p][threadIdx.y]", "weight[p][threadIdx.y ^ 1]"),
+}
+
+# These do no harm to the values; AddressSanitizer must see them.
+OUT_OF_BOUNDS = {
+    "reads-past-the-row": (
+        "forward.cu",
+        "const scalar_t* cell = line + taps_x.cell[tile_q][j];",
+        "const scalar_t* cell = line + taps_x.cell[tile_q][j];"
+        "(void)*reinterpret_cast<const volatile char*>(line + (num_channels - 1) * level.stride_c + level.width);",
+    ),
+    "reads-the-next-box": ("backward.cu", "candidate < params.num_rois &&", "candidate <= params.num_rois &&"),
+}
+
+# The list of RoIs is packed in whatever order the threads come.
+UNORDERED = [
+    ("__shared__ int64_t kept[kThreads];", "__shared__ int64_t kept[kThreads]; __shared__ int taken;"),
+    ("if (lane == 0) {", "if (thread == 0) taken = 0; if (lane == 0) {"),
+    ("kept[before + __popc(votes & ((1u << lane) - 1))]", "kept[atomicAdd(&taken, 1)]"),
+]
+
+BARRIER = re.compile(r"__syncthreads\(\);|__syncwarp\(.*\);|__syncthreads_(?:or|and|count)\(")
+
+
+def mutants() -> dict[str, tuple[str, Callable[[str], str], str, bool]]:
+    """Name → file, change of its text, selection that must fail, whether under the sanitizers."""
+
+    def replace(*pairs: tuple[str, str]) -> Callable[[str], str]:
+        def change(text: str) -> str:
+            for old, new in pairs:
+                assert old in text, f"the kernels have moved on, this mutant must follow: {old}"
+                text = text.replace(old, new)
+            return text
+
+        return change
+
+    def drop(barrier: re.Match[str]) -> Callable[[str], str]:
+        # One that returns a value leaves the thread's own in its place.
+        rest = ";" if barrier[0].endswith(";") else "int("
+        return lambda text: text[: barrier.start()] + rest + text[barrier.end() :]
+
+    found = {name: (file, replace((old, new)), file, False) for name, (file, old, new) in WRONG.items()}
+    found |= {name: (file, replace((old, new)), file, True) for name, (file, old, new) in OUT_OF_BOUNDS.items()}
+    found["unordered-list"] = ("backward.cu", replace(*UNORDERED), "repeated", False)
+    for file in ("forward.cu", "backward.cu"):
+        text = (CSRC / "cuda" / file).read_text(encoding="utf-8") if CSRC.is_dir() else ""
+        for number, barrier in enumerate(BARRIER.finditer(text), 1):
+            found[f"{file}-without-barrier-{number}"] = (file, drop(barrier), file, False)
+    return found
+
+
+CSRC = emulation.ROOT / "csrc"
+MUTANTS = mutants()
+
+
+def run_mutant(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    file, change, selection, sanitize = MUTANTS[name]
+    sources = folder / name
+    shutil.copytree(CSRC, sources)
+    kernels = sources / "cuda" / file
+    kernels.write_text(change(kernels.read_text(encoding="utf-8")), encoding="utf-8")
+    environment = emulation.sanitizer_environment() if sanitize else dict(os.environ)
+    emulation.build(sanitize, sources)
+    done = pytest_run(SELECTIONS[selection], {**environment, "ROIALIGN_EXT_EMULATION_SOURCES": str(sources)})
+    if done.returncode == 0 and selection == "backward.cu":
+        # What only shows with more boxes than a block has threads.
+        done = pytest_run(SELECTIONS["repeated"], {**environment, "ROIALIGN_EXT_EMULATION_SOURCES": str(sources)})
+    return done
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, tmp_path_factory):
+    """The chosen mutants, several at a time."""
+    wanted = {item.callspec.params.get("mutant") for item in request.session.items if hasattr(item, "callspec")}
+    folder = tmp_path_factory.mktemp("mutants")
+    emulation.build()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {name: pool.submit(run_mutant, name, folder) for name in MUTANTS if name in wanted}
+
+
+@pytest.mark.slow
+class TestMutants:
+    """A kernel with one thing wrong fails a short selection of the table; the kernels as they are pass it."""
+
+    @pytest.mark.parametrize("selection", SELECTIONS)
+    def test_the_kernels_as_they_are_pass(self, selection):
+        done = pytest_run(SELECTIONS[selection], dict(os.environ))
+        assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:]
+
+    @pytest.mark.parametrize("mutant", MUTANTS)
+    def test_mutant_fails(self, mutant, outcomes):
+        done = outcomes[mutant].result()
+        report = done.stdout[-4000:] + done.stderr[-4000:]
+        if MUTANTS[mutant][-1]:
+            assert "ERROR: AddressSanitizer" in done.stderr, report
+        else:
+            # 1: a test failed. Negative: killed by a signal, as by a wild address.
+            assert done.returncode == 1 or done.returncode < 0, report
+            assert "error during collection" not in done.stdout and "ERROR at setup" not in done.stdout, report
