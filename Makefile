@@ -20,7 +20,7 @@ demo: $(VENV)/built.done $(VENV)/demo.done
 test: $(VENV)/built.done $(VENV)/test.done
 	$(RUN) -m pytest $(ARGS)
 
-bench: $(VENV)/built.done
+bench: $(VENV)/built.done $(VENV)/demo.done
 	$(RUN) benchmarks/bench_roi_align.py $(ARGS)
 
 gpu-report: $(VENV)/torch.done

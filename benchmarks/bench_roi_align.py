@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import itertools
 import json
 import os
@@ -433,8 +434,12 @@ def main() -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / f"{device.type}-{report['machine']['date']}.json"
         path.write_text(json.dumps(report, indent=1) + "\n")
-        plot(report, path.with_suffix(".png"))
-        print(f"\nWritten: {path} and {path.with_suffix('.png')}")
+        print(f"\nWritten: {path}")
+        if importlib.util.find_spec("matplotlib"):
+            plot(report, path.with_suffix(".png"))
+            print(f"Drawn: {path.with_suffix('.png')}")
+        else:
+            print(f"No matplotlib here: draw it with `bench_roi_align.py --redraw {path}`")
     return 0 if all_matched else 1
 
 

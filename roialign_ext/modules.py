@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from .ops import Boxes, Scale, _assign_levels, _pair, multiscale_roi_align, roi_align
@@ -123,7 +122,7 @@ class MultiScaleRoIAlign(nn.Module):
     ):
         super().__init__()
         self.featmap_names = list(featmap_names)
-        self.output_size = _pair(output_size)
+        self.output_size = _pair("MultiScaleRoIAlign", "output_size", output_size)
         self.sampling_ratio = sampling_ratio
         self.canonical_scale = canonical_scale
         self.canonical_level = canonical_level
@@ -149,9 +148,7 @@ class MultiScaleRoIAlign(nn.Module):
         """
         maps = [x[name] for name in self.featmap_names if name in x]
         if not maps:
-            raise ValueError(
-                f"MultiScaleRoIAlign: `x` must hold some of the maps {self.featmap_names}, got {list(x)}"
-            )
+            raise ValueError(f"MultiScaleRoIAlign: `x` must hold some of the maps {self.featmap_names}, got {list(x)}")
         scales = self.spatial_scales or infer_scales([m.shape[-2:] for m in maps], image_shapes)
         return multiscale_roi_align(
             maps,
@@ -171,13 +168,11 @@ class MultiScaleRoIAlign(nn.Module):
         Maps of a few cells round to the same power of two as their neighbour. The pyramid then spans fewer levels
         than it has maps, and the last of them stay unused.
         """
-        exponents = [-math.log2(_pair(scale)[0]) for scale in scales]
+        exponents = [-math.log2(_pair("MultiScaleRoIAlign", "spatial_scales", scale)[0]) for scale in scales]
         span = exponents[-1] - exponents[0]
         if span >= len(scales) - 1 or span < 0:
             return None
-        mapper = LevelMapper(
-            round(exponents[0]), round(exponents[-1]), self.canonical_scale, self.canonical_level
-        )
+        mapper = LevelMapper(round(exponents[0]), round(exponents[-1]), self.canonical_scale, self.canonical_level)
         return mapper(boxes)
 
     def extra_repr(self) -> str:
@@ -187,9 +182,7 @@ class MultiScaleRoIAlign(nn.Module):
         )
 
 
-def infer_scales(
-    map_sizes: Sequence[Sequence[int]], image_shapes: Sequence[Sequence[int]]
-) -> Sequence[Scale]:
+def infer_scales(map_sizes: Sequence[Sequence[int]], image_shapes: Sequence[Sequence[int]]) -> Sequence[Scale]:
     """Map cells per image pixel of every map, as the nearest power of two.
 
     Images are padded before they reach the backbone, so the ratio of map to image can only come out too large. The

@@ -78,22 +78,22 @@ def multiscale_roi_align(
         >>> multiscale_roi_align(features, boxes, 7, [1 / 4, 1 / 8, 1 / 16, 1 / 32], sampling_ratio=2).shape
         torch.Size([2, 256, 7, 7])
     """
+    if not isinstance(features, Sequence) or not all(isinstance(x, Tensor) for x in features):
+        raise TypeError(f"multiscale_roi_align: `features` must be a sequence of tensors, got {_describe(features)}")
     name = "roi_align" if len(features) == 1 else "multiscale_roi_align"
-    if isinstance(features, Tensor) or not all(isinstance(x, Tensor) for x in features):
-        raise TypeError(f"{name}: `features` must be a sequence of tensors, got {_describe(features)}")
     if mode != "avg":
         raise ValueError(f'{name}: `mode` must be "avg", got {mode!r}')
     if levels is not None and not isinstance(levels, Tensor):
         raise TypeError(f"{name}: `levels` must be a tensor, got {type(levels).__name__}")
     pooling = _Pooling(
-        [float(s) for scale in spatial_scales for s in _pair(scale)],
+        [float(s) for scale in spatial_scales for s in _pair(name, "spatial_scales", scale)],
         sampling_ratio,
         aligned,
         canonical_level,
         float(canonical_scale),
     )
     rois = _as_rois(name, boxes, features[0].shape[0] if features and features[0].dim() else 0)
-    return _RoIAlign.apply(rois, levels, _pair(output_size), pooling, *features)
+    return _RoIAlign.apply(rois, levels, _pair(name, "output_size", output_size), pooling, *features)
 
 
 def roi_align(
@@ -166,7 +166,7 @@ def _assign_levels(
     if isinstance(boxes, Tensor):
         rows = boxes[:, 1:] if boxes.dim() == 2 and boxes.shape[1] == 5 else boxes
     else:
-        rows = _as_rois("assign_levels", boxes, len(boxes))[:, 1:]
+        rows = _as_rois("assign_levels", boxes)[:, 1:]
     return _operators.assign_levels(
         rows.detach(), num_levels, k_min, canonical_level, float(canonical_scale), float(eps)
     )
@@ -180,9 +180,9 @@ class _RoIAlign(torch.autograd.Function):
         ctx.save_for_backward(boxes, levels)
         ctx.pooling = pooling
         ctx.output_size = output_size
-        ctx.num_images = features[0].shape[0] if features else 0
+        ctx.num_images = features[0].shape[0] if len(features) > 0 else 0
         ctx.map_sizes = [size for x in features for size in x.shape[2:]]
-        ctx.channels_last = bool(features) and _is_channels_last(features[0])
+        ctx.channels_last = len(features) > 0 and _is_channels_last(features[0])
         return _operators.roi_align_forward(features, boxes, levels, output_size, *pooling)
 
     @staticmethod
@@ -203,9 +203,7 @@ class _RoIAlignBackward(torch.autograd.Function):
         ctx.pooling = pooling
         ctx.output_size = tuple(grad_output.shape[2:])
         return tuple(
-            _operators.roi_align_backward(
-                grad_output, boxes, levels, num_images, map_sizes, *pooling, channels_last
-            )
+            _operators.roi_align_backward(grad_output, boxes, levels, num_images, map_sizes, *pooling, channels_last)
         )
 
     @staticmethod
@@ -221,6 +219,12 @@ class _RoIAlignBackward(torch.autograd.Function):
 @torch.library.register_fake("roialign_ext::roi_align_forward")
 def _(features, boxes, levels, output_size, *pooling):
     x = features[0]
+    name = "roi_align" if len(features) == 1 else "multiscale_roi_align"
+    tensors = {f"features[{i}]": f for i, f in enumerate(features)} | {"boxes": boxes, "levels": levels}
+    for argument, tensor in tensors.items():
+        # The dispatcher sends a call here if any of its tensors has no data, whatever the others are.
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: `{argument}` must be on {x.device}, got {tensor.device}")
     return _empty_in_layout(x, (boxes.shape[0], x.shape[1], *output_size), _is_channels_last(x))
 
 
@@ -248,10 +252,10 @@ def _empty_in_layout(like: Tensor, shape: Sequence[int], channels_last: bool) ->
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
-def _pair(value):
+def _pair(name: str, argument: str, value):
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
-            raise ValueError(f"roi_align: expected one number or a pair, got {len(value)} numbers")
+            raise ValueError(f"{name}: `{argument}` must be one number or a pair, got {len(value)} numbers")
         return tuple(value)
     return value, value
 
@@ -262,13 +266,16 @@ def _describe(value: object) -> str:
     return type(value).__name__
 
 
-def _as_rois(name: str, boxes: Boxes, num_images: int) -> Tensor:
-    """Boxes as rows `[image, x1, y1, x2, y2]`; a tensor is taken as it is and checked by the operator."""
+def _as_rois(name: str, boxes: Boxes, num_images: int | None = None) -> Tensor:
+    """Boxes as rows `[image, x1, y1, x2, y2]`; a tensor is taken as it is and checked by the operator.
+
+    A list must hold as many tensors as there are images, where their number is given.
+    """
     if isinstance(boxes, Tensor):
         return boxes
     if not isinstance(boxes, Sequence) or not all(isinstance(x, Tensor) for x in boxes):
         raise TypeError(f"{name}: `boxes` must be a tensor or a sequence of tensors, got {_describe(boxes)}")
-    if len(boxes) != num_images:
+    if num_images is not None and len(boxes) != num_images:
         raise ValueError(f"{name}: `boxes` must hold one tensor per image, {num_images}, got {len(boxes)}")
     for i, x in enumerate(boxes):
         if x.dim() != 2 or x.shape[1] != 4:
