@@ -1,12 +1,13 @@
-// The operators as torch sees them: schemas, checks, allocation, filling the params, dtype switch, registration.
-// The only file that knows torch. roialign_ext/ops.py gives the operators their gradients and fake kernels.
+// The operators as torch sees them: schemas, allocation, filling the params, dtype switch, registration. With
+// checks.h the only file that knows torch. roialign_ext/ops.py gives the operators their gradients and fake kernels.
 #if defined(ROIALIGN_EXT_WITH_CUDA) || defined(ROIALIGN_EXT_EMULATED)
 #include "cuda/launch.h"
 #endif
 #ifndef ROIALIGN_EXT_EMULATED
 #include "cpu/kernels.h"
+#include "cpu/nms.h"
 #endif
-#include "geometry.h"
+#include "checks.h"
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -36,142 +37,8 @@
 namespace roialign {
 namespace {
 
-using at::Tensor;
-using at::TensorList;
-
 constexpr double kLevelEps = 1e-6;              // torchvision's; detectron2 uses 1e-8 through assign_levels
 constexpr int64_t kMaxSamplingRatio = 1 << 24;  // sample indices stay exact in float32
-constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
-
-// Checks: who, what was expected, what came.
-
-const char* name_of_call(int64_t num_levels) { return num_levels == 1 ? "roi_align" : "multiscale_roi_align"; }
-
-std::string name_of_map(int64_t num_levels, int64_t level) {
-  return num_levels == 1 ? "`input`" : "`features[" + std::to_string(level) + "]`";
-}
-
-std::string name_of_dtype(const Tensor& tensor) { return std::string(c10::getDtypeNames(tensor.scalar_type()).first); }
-
-std::string name_of_shape(const Tensor& tensor) { return "(" + c10::Join(", ", tensor.sizes()) + ")"; }
-
-void check_float(const char* who, const std::string& name, const Tensor& tensor) {
-  const at::ScalarType dtype = tensor.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble, who,
-                   ": ", name, " must be float16, bfloat16, float32 or float64, got ", name_of_dtype(tensor));
-}
-
-int check_int(const char* who, const char* what, int64_t value, int64_t low, int64_t high) {
-  TORCH_CHECK_VALUE(value >= low && value <= high, who, ": ", what, " must be from ", low, " to ", high, ", got ",
-                    value);
-  return static_cast<int>(value);
-}
-
-double check_positive(const char* who, const char* what, double value) {
-  TORCH_CHECK_VALUE(std::isfinite(value) && value > 0, who, ": ", what, " must be positive and finite, got ", value);
-  return value;
-}
-
-void check_boxes(const char* who, const Tensor& boxes, int64_t columns, at::Device device) {
-  check_float(who, "`boxes`", boxes);
-  TORCH_CHECK_VALUE(boxes.dim() == 2 && boxes.size(1) == columns, who, ": `boxes` must have shape (K, ", columns,
-                    "), got ", name_of_shape(boxes));
-  TORCH_CHECK_VALUE(boxes.device() == device, who, ": `boxes` must be on ", device, ", got ", boxes.device());
-}
-
-void check_levels(const char* who, const std::optional<Tensor>& levels, const Tensor& boxes) {
-  if (levels.has_value()) {
-    TORCH_CHECK_TYPE(at::isIntegralType(levels->scalar_type(), /*includeBool=*/false), who,
-                     ": `levels` must be integers, got ", name_of_dtype(*levels));
-    TORCH_CHECK_VALUE(levels->dim() == 1 && levels->size(0) == boxes.size(0), who, ": `levels` must have shape (",
-                      boxes.size(0), ",), one per box, got ", name_of_shape(*levels));
-    TORCH_CHECK_VALUE(levels->device() == boxes.device(), who, ": `levels` must be on ", boxes.device(), ", got ",
-                      levels->device());
-  }
-}
-
-void check_features(const char* who, TensorList features) {
-  const int64_t num_levels = static_cast<int64_t>(features.size());
-  check_int(who, "levels of `features`", num_levels, 1, kMaxLevels);
-  const Tensor& first = features[0];
-  for (int64_t l = 0; l < num_levels; ++l) {
-    const Tensor& map = features[l];
-    const std::string name = name_of_map(num_levels, l);
-    check_float(who, name, map);
-    TORCH_CHECK_VALUE(map.dim() == 4, who, ": ", name, " must have shape (N, C, H, W), got ", name_of_shape(map));
-    TORCH_CHECK_VALUE(map.scalar_type() == first.scalar_type(), who, ": ", name, " must be ", name_of_dtype(first),
-                      " as `features[0]` is, got ", name_of_dtype(map));
-    TORCH_CHECK_VALUE(map.device() == first.device(), who, ": ", name, " must be on ", first.device(),
-                      " as `features[0]` is, got ", map.device());
-    TORCH_CHECK_VALUE(map.size(0) == first.size(0) && map.size(1) == first.size(1), who, ": ", name,
-                      " must have the images and channels of `features[0]`, (", first.size(0), ", ", first.size(1),
-                      "), got (", map.size(0), ", ", map.size(1), ")");
-  }
-}
-
-void check_maps(const char* who, at::IntArrayRef map_sizes, int64_t num_rois) {
-  for (size_t i = 0; i < map_sizes.size(); ++i) {
-    check_int(who, i % 2 == 0 ? "height of a map" : "width of a map", map_sizes[i], 0, kMaxInt);
-    TORCH_CHECK_VALUE(map_sizes[i] > 0 || num_rois == 0, who, ": ",
-                      name_of_map(static_cast<int64_t>(map_sizes.size() / 2), static_cast<int64_t>(i / 2)),
-                      " must have cells to pool ", num_rois, " boxes from, got ", i % 2 == 0 ? "height" : "width",
-                      " 0");
-  }
-}
-
-void check_scales(const char* who, at::ArrayRef<double> scales, int64_t num_levels) {
-  TORCH_CHECK_VALUE(static_cast<int64_t>(scales.size()) == 2 * num_levels, who,
-                    ": `spatial_scales` must have one scale for each of ", num_levels, " levels, got ",
-                    scales.size() / 2);
-  for (const double scale : scales) {
-    check_positive(who, "`spatial_scales`", scale);
-  }
-}
-
-// The level of the finest map, where the rule fits the scales.
-int check_rule_fits(const char* who, at::ArrayRef<double> scales) {
-  constexpr double kTolerance = 1e-6;
-  const double finest = -std::log2(scales[0]);
-  for (size_t l = 0; l < scales.size() / 2; ++l) {
-    const double level = -std::log2(scales[2 * l]);
-    TORCH_CHECK_VALUE(scales[2 * l] == scales[2 * l + 1] && std::abs(level - std::round(level)) < kTolerance &&
-                          std::abs(level - finest - static_cast<double>(l)) < kTolerance,
-                      who, ": `spatial_scales` must be consecutive powers of two, finest first, for the FPN rule to ",
-                      "choose levels, got (", scales[2 * l], ", ", scales[2 * l + 1], ") at level ", l,
-                      " after a finest scale of ", scales[0], "; pass `levels=` to choose them yourself");
-  }
-  return static_cast<int>(std::lround(finest));
-}
-
-LevelRule check_rule(const char* who, int64_t num_levels, int64_t k_min, int64_t canonical_level,
-                     double canonical_scale, double eps) {
-  constexpr int64_t kMaxLevel = 1024;  // scales of doubles end there
-  return {check_int(who, "`num_levels`", num_levels, 1, kMaxLevel),
-          check_int(who, "`k_min`", k_min, -kMaxLevel, kMaxLevel),
-          check_int(who, "`canonical_level`", canonical_level, -kMaxLevel, kMaxLevel),
-          check_positive(who, "`canonical_scale`", canonical_scale), eps};
-}
-
-// On a CPU a row can be looked at before any work; on CUDA that would wait for the device, and the kernel answers
-// such a row with NaN.
-template <typename box_t>
-void check_rows(const char* who, const Tensor& boxes, const std::optional<Tensor>& levels, int64_t num_images,
-                int64_t num_levels) {
-  const box_t* rows = boxes.const_data_ptr<box_t>();
-  const int64_t* roi_levels = levels.has_value() ? levels->const_data_ptr<int64_t>() : nullptr;
-  for (int64_t k = 0; k < boxes.size(0); ++k) {
-    const int64_t level = roi_levels != nullptr ? roi_levels[k] : 0;
-    const box_t image = std::trunc(rows[k * 5]);
-    if (level == kEmptyRow || image == box_t(-1) || std::isnan(image)) {
-      continue;
-    }
-    TORCH_CHECK_INDEX(image >= 0 && image < static_cast<box_t>(num_images), who, ": row ", k,
-                      " of `boxes` must name one of ", num_images, " images, or -1 for padding, got image ",
-                      rows[k * 5]);
-    TORCH_CHECK_INDEX(level >= 0 && level < num_levels, who, ": row ", k, " of `levels` must name one of ", num_levels,
-                      " levels, or -1 for padding, got ", level);
-  }
-}
 
 // Layout: read off the strides once.
 
@@ -464,6 +331,40 @@ void implement(torch::Library& library) {
   library.impl("assign_levels", &assign_levels<Device>);
 }
 
+#ifndef ROIALIGN_EXT_EMULATED
+
+// Suppression on a CPU; elsewhere roialign_ext/detection/boxes.py does it in PyTorch.
+template <typename box_t>
+void keep_best(const Tensor& boxes, const Tensor& order, const std::optional<Tensor>& groups, double iou_threshold,
+               const Tensor& keep) {
+  cpu::nms<box_t>({boxes.const_data_ptr<box_t>(), order.const_data_ptr<int64_t>(),
+                   groups.has_value() ? groups->const_data_ptr<int64_t>() : nullptr, boxes.size(0), iou_threshold,
+                   keep.data_ptr<bool>()});
+}
+
+Tensor nms(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& groups, double iou_threshold) {
+  const char* who = "nms";
+  check_boxes(who, boxes, 4, boxes.device());
+  TORCH_CHECK_VALUE(scores.dim() == 1 && scores.size(0) == boxes.size(0), who, ": `scores` must have shape (",
+                    boxes.size(0), ",), one per box, got ", name_of_shape(scores));
+  std::optional<Tensor> group_rows;
+  if (groups.has_value()) {
+    TORCH_CHECK_TYPE(at::isIntegralType(groups->scalar_type(), /*includeBool=*/false), who,
+                     ": `groups` must be integers, got ", name_of_dtype(*groups));
+    TORCH_CHECK_VALUE(groups->dim() == 1 && groups->size(0) == boxes.size(0), who, ": `groups` must have shape (",
+                      boxes.size(0), ",), one per box, got ", name_of_shape(*groups));
+    group_rows = groups->to(at::kLong).contiguous();
+  }
+  const Tensor rows = as_kernel_boxes(boxes);
+  const Tensor order = at::argsort(scores, /*stable=*/true, /*dim=*/0, /*descending=*/true);
+  const Tensor keep = at::empty({boxes.size(0)}, boxes.options().dtype(at::kBool));
+  (rows.scalar_type() == at::kDouble ? keep_best<double> : keep_best<float>)(rows, order, group_rows, iou_threshold,
+                                                                             keep);
+  return order.masked_select(keep);
+}
+
+#endif
+
 // Registration.
 
 #ifdef ROIALIGN_EXT_EMULATED
@@ -488,12 +389,18 @@ ROIALIGN_LIBRARY(ROIALIGN_NAMESPACE, library) {
       "assign_levels(Tensor boxes, int num_levels, int k_min, int canonical_level, float canonical_scale, float eps) "
       "-> Tensor",
       {at::Tag::pt2_compliant_tag});
+#ifndef ROIALIGN_EXT_EMULATED
+  library.def("nms(Tensor boxes, Tensor scores, Tensor? groups, float iou_threshold) -> Tensor");
+#endif
 }
 
 #ifdef ROIALIGN_EXT_EMULATED
 ROIALIGN_LIBRARY_IMPL(ROIALIGN_NAMESPACE, CPU, library) { implement<Cuda>(library); }
 #else
-ROIALIGN_LIBRARY_IMPL(ROIALIGN_NAMESPACE, CPU, library) { implement<Cpu>(library); }
+ROIALIGN_LIBRARY_IMPL(ROIALIGN_NAMESPACE, CPU, library) {
+  implement<Cpu>(library);
+  library.impl("nms", &nms);
+}
 #endif
 #ifdef ROIALIGN_EXT_WITH_CUDA
 ROIALIGN_LIBRARY_IMPL(ROIALIGN_NAMESPACE, CUDA, library) { implement<Cuda>(library); }
