@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import _library  # noqa: F401  (loads the compiled operators)
+
 # Rows that suppression in PyTorch settles in one step, and compares with as many others at a time: 2^20
 # pairs, 4 MiB for each of a handful of temporaries.
 _BLOCK = 1024
