@@ -34,7 +34,7 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, cudaStream_t s
 #endif  // a compiler of kernels
 
 // Kernels say __launch_bounds__(threads, 1): left to choose the blocks per multiprocessor itself, ptxas 13.0 spills
-// in a third of them to fit more.
+// in 10 of 50 to fit more.
 
 // Neighbouring values that a thread loads and stores at once.
 template <typename scalar_t, int kVec>
