@@ -37,7 +37,7 @@
 namespace roialign {
 namespace {
 
-constexpr double kLevelEps = 1e-6;              // torchvision's; detectron2 uses 1e-8 through assign_levels
+constexpr double kLevelEps = 1e-6;  // torchvision's
 constexpr int64_t kMaxSamplingRatio = 1 << 24;  // sample indices stay exact in float32
 
 // Layout: read off the strides once.

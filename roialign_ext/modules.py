@@ -56,7 +56,7 @@ class LevelMapper:
         k_min, k_max: levels of the finest and coarsest map, `-log2` of their scales.
         canonical_scale: side in pixels of a box that belongs to `canonical_level`.
         canonical_level: the level k0 of such a box.
-        eps: added to the level before it is rounded down; detectron2 uses 1e-8.
+        eps: added to the level before it is rounded down.
 
     Example:
         >>> LevelMapper(2, 5)([torch.tensor([[0.0, 0.0, 448.0, 448.0]])])
