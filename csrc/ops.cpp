@@ -37,7 +37,7 @@
 namespace roialign {
 namespace {
 
-constexpr double kLevelEps = 1e-6;  // torchvision's
+constexpr double kLevelEps = 1e-6;              // torchvision's
 constexpr int64_t kMaxSamplingRatio = 1 << 24;  // sample indices stay exact in float32
 
 // Layout: read off the strides once.

@@ -252,19 +252,8 @@ void gather_planes(const Params& params, const std::vector<RoITaps<typename Para
                        });
                      };
                      if constexpr (kHasShuffle) {
-                       switch (cells[k].window.chunks) {
-                         case 1:
-                           add_with(std::integral_constant<int, 1>());
-                           continue;
-                         case 2:
-                           add_with(std::integral_constant<int, 2>());
-                           continue;
-                         case 3:
-                           add_with(std::integral_constant<int, 3>());
-                           continue;
-                         case 4:
-                           add_with(std::integral_constant<int, 4>());
-                           continue;
+                       if (with_constant(cells[k].window.chunks, add_with)) {
+                         continue;
                        }
                      }
                      add([&] { add_taps(rois[k], plane, level.width, grad_bins, params.bins_y, params.bins_x, row); });

@@ -220,21 +220,15 @@ void pool_planes(const Params& params, const std::vector<RoITaps<typename Params
                                                        params.bins_x);
                        });
                      };
-                     const std::integral_constant<int, 1> one;
                      if constexpr (kHasShuffle) {
-                       switch (window.chunks) {
-                         case 1:
-                           window.rows == 2 ? pool_with(std::integral_constant<int, 2>(), one) : pool_with(one, one);
-                           continue;
-                         case 2:
-                           pool_with(one, std::integral_constant<int, 2>());
-                           continue;
-                         case 3:
-                           pool_with(one, std::integral_constant<int, 3>());
-                           continue;
-                         case 4:
-                           pool_with(one, std::integral_constant<int, 4>());
-                           continue;
+                       const std::integral_constant<int, 1> one;
+                       const std::integral_constant<int, 2> two;
+                       if (window.rows == 2) {
+                         pool_with(two, one);
+                         continue;
+                       }
+                       if (with_constant(window.chunks, [&](auto chunks) { pool_with(one, chunks); })) {
+                         continue;
                        }
                      }
                      pool([&](const scalar_t* map, scalar_t* pooled) {

@@ -96,3 +96,24 @@ inline Vector<acc_t> shuffle(const Vector<acc_t> (&chunks)[kChunks], const Indic
     return indices < 2 * kLanes<acc_t> ? low : high;
   }
 }
+
+// Calls run with 1 to 4 chunks as a constant; returns false for any other number.
+template <typename Run>
+inline bool with_constant(int chunks, const Run& run) {
+  switch (chunks) {
+    case 1:
+      run(std::integral_constant<int, 1>());
+      return true;
+    case 2:
+      run(std::integral_constant<int, 2>());
+      return true;
+    case 3:
+      run(std::integral_constant<int, 3>());
+      return true;
+    case 4:
+      run(std::integral_constant<int, 4>());
+      return true;
+    default:
+      return false;
+  }
+}
