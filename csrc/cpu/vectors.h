@@ -26,13 +26,6 @@ inline Vector<acc_t> load(const scalar_t* data, int count) {
   return result;
 }
 
-template <typename acc_t, typename scalar_t>
-inline void store(scalar_t* data, const Vector<acc_t>& vector, int count) {
-  for (int i = 0; i < count; ++i) {
-    data[i] = static_cast<scalar_t>(vector[i]);
-  }
-}
-
 // Loads a whole vector.
 template <typename acc_t, typename scalar_t>
 inline Vector<acc_t> load(const scalar_t* data) {
@@ -77,13 +70,28 @@ inline void store(scalar_t* data, const Vector<acc_t>& vector) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(data), _mm256_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT));
 #endif
   } else {
-    store<acc_t>(data, vector, kLanes<acc_t>);
+    for (int i = 0; i < kLanes<acc_t>; ++i) {
+      data[i] = static_cast<scalar_t>(vector[i]);
+    }
   }
+}
+
+// Stores the first `count` lanes and touches nothing after them.
+template <typename acc_t, typename scalar_t>
+inline void store(scalar_t* data, const Vector<acc_t>& vector, int count) {
+#ifdef ROIALIGN_HAS_TARGETS
+  if constexpr (kVectorBytes == 64 && std::is_same_v<scalar_t, float> && std::is_same_v<acc_t, float>) {
+    return _mm512_mask_storeu_ps(data, (1u << count) - 1, vector);
+  }
+#endif
+  scalar_t lanes[kLanes<acc_t>];
+  store<acc_t>(lanes, vector);
+  std::copy_n(lanes, count, data);
 }
 
 // Lane i of the result is lane indices[i] of the chunks, laid end to end.
 template <typename acc_t, int kChunks>
-inline Vector<acc_t> shuffle(const Vector<acc_t> (&chunks)[kChunks], const Indices<acc_t>& indices) {
+inline Vector<acc_t> shuffle(const Vector<acc_t>* chunks, const Indices<acc_t>& indices) {
   static_assert(kChunks >= 1 && kChunks <= 4, "shuffle takes one to four vectors");
   if constexpr (kChunks == 1) {
     return __builtin_shuffle(chunks[0], indices);
