@@ -376,19 +376,35 @@ Tensor nms(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor
 #define ROIALIGN_LIBRARY_IMPL(name, key, library) TORCH_LIBRARY_IMPL(name, key, library)
 
 ROIALIGN_LIBRARY(ROIALIGN_NAMESPACE, library) {
-  library.def(
-      "roi_align_forward(Tensor[] features, Tensor boxes, Tensor? levels, SymInt[2] output_size, "
-      "float[] spatial_scales, int sampling_ratio, bool aligned, int canonical_level, float canonical_scale) -> Tensor",
-      {at::Tag::pt2_compliant_tag});
-  library.def(
-      "roi_align_backward(Tensor grad_output, Tensor boxes, Tensor? levels, SymInt num_images, SymInt[] map_sizes, "
-      "float[] spatial_scales, int sampling_ratio, bool aligned, int canonical_level, float canonical_scale, "
-      "bool channels_last) -> Tensor[]",
-      {at::Tag::pt2_compliant_tag});
-  library.def(
-      "assign_levels(Tensor boxes, int num_levels, int k_min, int canonical_level, float canonical_scale, float eps) "
-      "-> Tensor",
-      {at::Tag::pt2_compliant_tag});
+// What every pooling operator is told last, and which maps a backward makes.
+#define ROIALIGN_POOLING \
+  "float[] spatial_scales, int sampling_ratio, bool aligned, int canonical_level, float canonical_scale"
+#define ROIALIGN_MAPS "SymInt num_images, SymInt[] map_sizes"
+  const auto define = [&library](const char* schema) { library.def(schema, {at::Tag::pt2_compliant_tag}); };
+  define("roi_align_forward(Tensor[] features, Tensor boxes, Tensor? levels, SymInt[2] output_size, " ROIALIGN_POOLING
+         ") -> Tensor");
+  define("roi_align_backward(Tensor grad_output, Tensor boxes, Tensor? levels, " ROIALIGN_MAPS ", " ROIALIGN_POOLING
+         ", bool channels_last) -> Tensor[]");
+  define(
+      "roi_align_backward_boxes(Tensor grad_output, Tensor[] features, Tensor boxes, Tensor? levels, " ROIALIGN_POOLING
+      ") -> Tensor");
+  define(
+      "roi_align_tangent(Tensor[] features, Tensor boxes, Tensor box_tangents, Tensor? levels, "
+      "SymInt[2] output_size, " ROIALIGN_POOLING ") -> Tensor");
+  define("roi_max_forward(Tensor[] features, Tensor boxes, Tensor? levels, SymInt[2] output_size, " ROIALIGN_POOLING
+         ") -> (Tensor, Tensor)");
+  define("roi_max_backward(Tensor grad_output, Tensor argmax, Tensor boxes, Tensor? levels, " ROIALIGN_MAPS
+         ", " ROIALIGN_POOLING ", bool channels_last) -> Tensor[]");
+  define(
+      "roi_max_backward_boxes(Tensor grad_output, Tensor argmax, Tensor[] features, Tensor boxes, Tensor? "
+      "levels, " ROIALIGN_POOLING ") -> Tensor");
+  define("roi_max_gather(Tensor[] features, Tensor argmax, Tensor boxes, Tensor? levels, " ROIALIGN_POOLING
+         ") -> Tensor");
+  define(
+      "assign_levels(Tensor boxes, int num_levels, int k_min, int canonical_level, float canonical_scale, "
+      "float eps) -> Tensor");
+#undef ROIALIGN_POOLING
+#undef ROIALIGN_MAPS
 #ifndef ROIALIGN_EXT_EMULATED
   library.def("nms(Tensor boxes, Tensor scores, Tensor? groups, float iou_threshold) -> Tensor");
 #endif

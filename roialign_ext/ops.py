@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _library  # noqa: F401  (loads the compiled operators)
+from . import reference
 
 _operators = torch.ops.roialign_ext
 
@@ -51,12 +52,13 @@ def multiscale_roi_align(
         features: 1 to 8 maps `(N, C, H_l, W_l)`, finest first, of one float16, bfloat16, float32 or float64 dtype.
             NCHW and channels_last memory are read in place; any other memory layout is copied once.
         boxes: `(K, 5)` rows `[image, x1, y1, x2, y2]` in image pixels, image -1 marking a padding row; or a list of
-            N tensors `(K_i, 4)`. Half boxes are read as float32. Boxes get no gradient.
+            N tensors `(K_i, 4)`. Half boxes are read as float32.
         output_size: bins `(P, Q)`, or one number for both.
         spatial_scales: map cells per image pixel, for every level one number or a pair `(scale_y, scale_x)`.
         sampling_ratio: samples per bin side; `<= 0` takes `ceil(roi_size / bins)` along each axis.
         aligned: shift coordinates by half a cell, so that pixel centres lie on `0.5, 1.5, ...`.
-        mode: `"avg"`, the mean of a bin's samples.
+        mode: `"avg"`, the mean of a bin's samples; or `"max"`, their greatest (mmcv's definition: a sample outside the
+            map counts as 0, NaN is greater than any number, the first sample in y-then-x order wins a tie).
         canonical_scale: side in pixels of a box that belongs to `canonical_level`.
         canonical_level: the level k0 of such a box, `-log2` of its map's scale.
         levels: integers `(K,)` that replace the level rule; -1 marks a padding row.
@@ -64,7 +66,11 @@ def multiscale_roi_align(
     Returns:
         `(K, C, P, Q)` in the features' dtype, channels_last exactly when `features[0]` is. Rows of padding, of boxes
         with a NaN or infinite coordinate and, under the level rule, of boxes inverted along one axis are zero.
-        Differentiable twice with respect to every level; gradients are bitwise repeatable.
+        Differentiable with respect to every level and to the boxes; gradients are bitwise repeatable. The number of
+        samples and the level of a box count as constants, and so does a coordinate clamped to the border.
+        Differentiable twice, but for the boxes in `"max"`. What is kept for the backward beside boxes and levels:
+        the features, but only if the boxes require grad, and in `"max"` the winner of each bin, int32 `(K, C, P, Q)`.
+        Second derivatives that involve the boxes are computed in plain PyTorch, box by box: right, and slow.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, counts or options that do not fit; without `levels`, scales
@@ -81,8 +87,8 @@ def multiscale_roi_align(
     if not isinstance(features, Sequence) or not all(isinstance(x, Tensor) for x in features):
         raise TypeError(f"multiscale_roi_align: `features` must be a sequence of tensors, got {_describe(features)}")
     name = "roi_align" if len(features) == 1 else "multiscale_roi_align"
-    if mode != "avg":
-        raise ValueError(f'{name}: `mode` must be "avg", got {mode!r}')
+    if mode not in ("avg", "max"):
+        raise ValueError(f'{name}: `mode` must be "avg" or "max", got {mode!r}')
     if levels is not None and not isinstance(levels, Tensor):
         raise TypeError(f"{name}: `levels` must be a tensor, got {type(levels).__name__}")
     pooling = _Pooling(
@@ -93,7 +99,10 @@ def multiscale_roi_align(
         float(canonical_scale),
     )
     rois = _as_rois(name, boxes, features[0].shape[0] if features and features[0].dim() else 0)
-    return _RoIAlign.apply(rois, levels, _pair(name, "output_size", output_size), pooling, *features)
+    bins = _pair(name, "output_size", output_size)
+    if mode == "max":
+        return _RoIMax.apply(rois, levels, bins, pooling, *features)[0]
+    return _RoIAlign.apply(rois, levels, bins, pooling, *features)
 
 
 def roi_align(
@@ -172,45 +181,258 @@ def _assign_levels(
     )
 
 
+# The operation as autograd sees it. With P the pooling, linear in the features x, and b the boxes, the first
+# derivatives are P^T and B, and theirs are these four again and a mixed term:
+#
+#   P(b, x)      pooled                     _RoIAlign            dx: P^T(g, b)     db: B(g, b, x)
+#   P^T(g, b)    its adjoint                _RoIAlignBackward    dg: P(b, w)       db: B(g, b, w)
+#   B(g, b, x)   gradient of the boxes      _BoxGradient         dg: T(b, w, x)    db, dx: mixed
+#   T(b, w, x)   derivative of P along w    _RoIAlignTangent     dw: B(g, b, x)    db, dx: mixed
+#
+# Max pooling takes one sample in place of the mean of all; which one is a constant.
+
+
 class _RoIAlign(torch.autograd.Function):
-    """features -> pooled. Linear in the features, so nothing of them is kept but their sizes."""
+    """boxes, features -> pooled. The features are kept only where the boxes' gradient will read them."""
 
     @staticmethod
-    def forward(ctx, boxes, levels, output_size, pooling, *features):
-        ctx.save_for_backward(boxes, levels)
-        ctx.pooling = pooling
-        ctx.output_size = output_size
-        ctx.num_images = features[0].shape[0] if len(features) > 0 else 0
-        ctx.map_sizes = [size for x in features for size in x.shape[2:]]
-        ctx.channels_last = len(features) > 0 and _is_channels_last(features[0])
+    def forward(boxes, levels, output_size, pooling, *features):
         return _operators.roi_align_forward(features, boxes, levels, output_size, *pooling)
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        boxes, levels, ctx.output_size, ctx.pooling, *features = inputs
+        ctx.save_for_backward(boxes, levels, *(features if ctx.needs_input_grad[0] else ()))
+        ctx.maps = _maps_of(features)
+
+    @staticmethod
     def backward(ctx, grad_output):
-        boxes, levels = ctx.saved_tensors
-        grad_features = _RoIAlignBackward.apply(
-            grad_output, boxes, levels, ctx.num_images, ctx.map_sizes, ctx.pooling, ctx.channels_last
-        )
-        return None, None, None, None, *grad_features
+        boxes, levels, *features = ctx.saved_tensors
+        grad_boxes, grad_features = None, [None] * (len(ctx.needs_input_grad) - 4)
+        if ctx.needs_input_grad[0]:
+            grad_boxes = _BoxGradient.apply(grad_output, boxes, levels, ctx.pooling, *features)
+        if any(ctx.needs_input_grad[4:]):
+            grad_features = _RoIAlignBackward.apply(grad_output, boxes, levels, ctx.pooling, *ctx.maps)
+        return grad_boxes, None, None, None, *grad_features
 
 
 class _RoIAlignBackward(torch.autograd.Function):
-    """grad of pooled -> grad of every level. The adjoint of a linear map: its own derivative is the forward."""
+    """grad of pooled, boxes -> grad of every level. Linear in the first, as the operation is in the features."""
 
     @staticmethod
-    def forward(ctx, grad_output, boxes, levels, num_images, map_sizes, pooling, channels_last):
-        ctx.save_for_backward(boxes, levels)
-        ctx.pooling = pooling
-        ctx.output_size = tuple(grad_output.shape[2:])
+    def forward(grad_output, boxes, levels, pooling, num_images, map_sizes, channels_last):
         return tuple(
             _operators.roi_align_backward(grad_output, boxes, levels, num_images, map_sizes, *pooling, channels_last)
         )
 
     @staticmethod
-    def backward(ctx, *grad_grad_features):
-        boxes, levels = ctx.saved_tensors
-        grad_grad_output = _RoIAlign.apply(boxes, levels, ctx.output_size, ctx.pooling, *grad_grad_features)
-        return grad_grad_output, None, None, None, None, None, None
+    def setup_context(ctx, inputs, output):
+        grad_output, boxes, levels, ctx.pooling, *_ = inputs
+        ctx.save_for_backward(boxes, levels, grad_output if ctx.needs_input_grad[1] else None)
+        ctx.output_size = tuple(grad_output.shape[2:])
+
+    @staticmethod
+    def backward(ctx, *directions):
+        boxes, levels, grad_output = ctx.saved_tensors
+        grad_grad_output, grad_boxes = None, None
+        if ctx.needs_input_grad[0]:
+            grad_grad_output = _RoIAlign.apply(boxes, levels, ctx.output_size, ctx.pooling, *directions)
+        if ctx.needs_input_grad[1]:
+            grad_boxes = _BoxGradient.apply(grad_output, boxes, levels, ctx.pooling, *directions)
+        return grad_grad_output, grad_boxes, None, None, None, None, None
+
+
+class _BoxGradient(torch.autograd.Function):
+    """grad of pooled, boxes, features -> grad of the boxes, `(K, 5)` in their dtype, 0 for the image."""
+
+    @staticmethod
+    def forward(grad_output, boxes, levels, pooling, *features):
+        return _operators.roi_align_backward_boxes(grad_output, features, boxes, levels, *pooling)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad_output, boxes, levels, ctx.pooling, *features = inputs
+        ctx.save_for_backward(grad_output, boxes, levels, *features)
+
+    @staticmethod
+    def backward(ctx, directions):
+        grad_output, boxes, levels, *features = ctx.saved_tensors
+        grad_grad_output, grad_boxes, grad_features = None, None, [None] * len(features)
+        if ctx.needs_input_grad[0]:
+            size = tuple(grad_output.shape[2:])
+            grad_grad_output = _RoIAlignTangent.apply(boxes, directions, levels, size, ctx.pooling, *features)
+        if ctx.needs_input_grad[1] or any(ctx.needs_input_grad[4:]):
+            mixed = _MixedGradient.apply(grad_output, boxes, directions, levels, ctx.pooling, *features)
+            grad_boxes, *grad_features = mixed
+        return grad_grad_output, grad_boxes, None, None, *grad_features
+
+
+class _RoIAlignTangent(torch.autograd.Function):
+    """boxes, their tangents, features -> the derivative of pooled along the tangents."""
+
+    @staticmethod
+    def forward(boxes, tangents, levels, output_size, pooling, *features):
+        return _operators.roi_align_tangent(features, boxes, tangents, levels, output_size, *pooling)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        boxes, tangents, levels, _, ctx.pooling, *features = inputs
+        ctx.save_for_backward(boxes, tangents, levels, *features)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        boxes, tangents, levels, *features = ctx.saved_tensors
+        grad_boxes, grad_tangents, grad_features = None, None, [None] * len(features)
+        if ctx.needs_input_grad[1]:
+            grad_tangents = _BoxGradient.apply(grad_output, boxes, levels, ctx.pooling, *features)
+            grad_tangents = grad_tangents.to(tangents.dtype)
+        if ctx.needs_input_grad[0] or any(ctx.needs_input_grad[5:]):
+            mixed = _MixedGradient.apply(grad_output, boxes, tangents, levels, ctx.pooling, *features)
+            grad_boxes, *grad_features = mixed
+        return grad_boxes, grad_tangents, None, None, None, *grad_features
+
+
+class _MixedGradient(torch.autograd.Function):
+    """The gradients of <grad of pooled, derivative of pooled along tangents>, in the boxes and in the features."""
+
+    @staticmethod
+    def forward(grad_output, boxes, tangents, levels, pooling, *features):
+        return reference.gradients_of_tangent(
+            grad_output,
+            features,
+            boxes,
+            tangents,
+            tuple(grad_output.shape[2:]),
+            list(zip(pooling.spatial_scales[::2], pooling.spatial_scales[1::2], strict=True)),
+            pooling.sampling_ratio,
+            pooling.aligned,
+            canonical_scale=pooling.canonical_scale,
+            canonical_level=pooling.canonical_level,
+            levels=levels,
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *directions):
+        raise NotImplementedError("roi_align: third derivatives that involve the boxes are not supported")
+
+
+class _RoIMax(torch.autograd.Function):
+    """boxes, features -> pooled and the winner of each bin, which is all that the features' gradient needs."""
+
+    @staticmethod
+    def forward(boxes, levels, output_size, pooling, *features):
+        return _operators.roi_max_forward(features, boxes, levels, output_size, *pooling)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        boxes, levels, _, ctx.pooling, *features = inputs
+        _, argmax = output
+        ctx.mark_non_differentiable(argmax)
+        ctx.save_for_backward(boxes, levels, argmax, *(features if ctx.needs_input_grad[0] else ()))
+        ctx.maps = _maps_of(features)
+
+    @staticmethod
+    def backward(ctx, grad_output, _):
+        boxes, levels, argmax, *features = ctx.saved_tensors
+        grad_boxes, grad_features = None, [None] * (len(ctx.needs_input_grad) - 4)
+        if ctx.needs_input_grad[0]:
+            grad_boxes = _MaxBoxGradient.apply(grad_output, argmax, boxes, levels, ctx.pooling, *features)
+        if any(ctx.needs_input_grad[4:]):
+            grad_features = _RoIMaxBackward.apply(grad_output, argmax, boxes, levels, ctx.pooling, *ctx.maps)
+        return grad_boxes, None, None, None, *grad_features
+
+
+class _RoIMaxGather(torch.autograd.Function):
+    """winners, boxes, features -> the features at the winners: max pooling, once it is known where the greatest are."""
+
+    @staticmethod
+    def forward(argmax, boxes, levels, pooling, *features):
+        return _operators.roi_max_gather(features, argmax, boxes, levels, *pooling)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        argmax, boxes, levels, ctx.pooling, *features = inputs
+        ctx.save_for_backward(argmax, boxes, levels, *(features if ctx.needs_input_grad[1] else ()))
+        ctx.maps = _maps_of(features)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        argmax, boxes, levels, *features = ctx.saved_tensors
+        grad_boxes, grad_features = None, [None] * (len(ctx.needs_input_grad) - 4)
+        if ctx.needs_input_grad[1]:
+            grad_boxes = _MaxBoxGradient.apply(grad_output, argmax, boxes, levels, ctx.pooling, *features)
+        if any(ctx.needs_input_grad[4:]):
+            grad_features = _RoIMaxBackward.apply(grad_output, argmax, boxes, levels, ctx.pooling, *ctx.maps)
+        return None, grad_boxes, None, None, *grad_features
+
+
+class _RoIMaxBackward(torch.autograd.Function):
+    """grad of pooled, winners, boxes -> grad of every level: the adjoint of _RoIMaxGather."""
+
+    @staticmethod
+    def forward(grad_output, argmax, boxes, levels, pooling, num_images, map_sizes, channels_last):
+        return tuple(
+            _operators.roi_max_backward(
+                grad_output, argmax, boxes, levels, num_images, map_sizes, *pooling, channels_last
+            )
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad_output, argmax, boxes, levels, ctx.pooling, *_ = inputs
+        ctx.save_for_backward(argmax, boxes, levels, grad_output if ctx.needs_input_grad[2] else None)
+
+    @staticmethod
+    def backward(ctx, *directions):
+        argmax, boxes, levels, grad_output = ctx.saved_tensors
+        grad_grad_output, grad_boxes = None, None
+        if ctx.needs_input_grad[0]:
+            grad_grad_output = _RoIMaxGather.apply(argmax, boxes, levels, ctx.pooling, *directions)
+        if ctx.needs_input_grad[2]:
+            grad_boxes = _MaxBoxGradient.apply(grad_output, argmax, boxes, levels, ctx.pooling, *directions)
+        return grad_grad_output, None, grad_boxes, None, None, None, None, None
+
+
+class _MaxBoxGradient(torch.autograd.Function):
+    """grad of pooled, winners, boxes, features -> grad of the boxes."""
+
+    @staticmethod
+    def forward(grad_output, argmax, boxes, levels, pooling, *features):
+        return _operators.roi_max_backward_boxes(grad_output, argmax, features, boxes, levels, *pooling)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, directions):
+        raise NotImplementedError('roi_align: with mode="max" the gradient of the boxes cannot be differentiated again')
+
+
+def _roi_align_tangent(
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    box_tangents: Tensor,
+    levels: Tensor | None,
+    output_size: tuple[int, int],
+    pooling: _Pooling,
+) -> Tensor:
+    """The derivative of average pooling as boxes `(K, 5)` move along `box_tangents` `(K, 5)`; `(K, C, P, Q)`.
+
+    Differentiable itself. The tangent of the image index counts for nothing.
+    """
+    return _RoIAlignTangent.apply(boxes, box_tangents, levels, output_size, pooling, *features)
+
+
+def _maps_of(features: Sequence[Tensor]) -> tuple[int, list[int], bool]:
+    """What the backward must know of the maps: how many images, sizes of every level, layout."""
+    num_images = features[0].shape[0] if len(features) > 0 else 0
+    sizes = [size for x in features for size in x.shape[2:]]
+    return num_images, sizes, len(features) > 0 and _is_channels_last(features[0])
 
 
 # Fake kernels: shapes and layouts without data, for torch.compile, torch.export and meta tensors.
@@ -218,28 +440,73 @@ class _RoIAlignBackward(torch.autograd.Function):
 
 @torch.library.register_fake("roialign_ext::roi_align_forward")
 def _(features, boxes, levels, output_size, *pooling):
-    x = features[0]
-    name = "roi_align" if len(features) == 1 else "multiscale_roi_align"
-    tensors = {f"features[{i}]": f for i, f in enumerate(features)} | {"boxes": boxes, "levels": levels}
-    for argument, tensor in tensors.items():
-        # The dispatcher sends a call here if any of its tensors has no data, whatever the others are.
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: `{argument}` must be on {x.device}, got {tensor.device}")
-    return _empty_in_layout(x, (boxes.shape[0], x.shape[1], *output_size), _is_channels_last(x))
+    _check_one_device(features, boxes=boxes, levels=levels)
+    return _fake_pooled(features, boxes, output_size)
+
+
+@torch.library.register_fake("roialign_ext::roi_align_tangent")
+def _(features, boxes, box_tangents, levels, output_size, *pooling):
+    _check_one_device(features, boxes=boxes, box_tangents=box_tangents, levels=levels)
+    return _fake_pooled(features, boxes, output_size)
+
+
+@torch.library.register_fake("roialign_ext::roi_max_forward")
+def _(features, boxes, levels, output_size, *pooling):
+    _check_one_device(features, boxes=boxes, levels=levels)
+    pooled = _fake_pooled(features, boxes, output_size)
+    return pooled, torch.empty_like(pooled, dtype=torch.int32)
+
+
+@torch.library.register_fake("roialign_ext::roi_max_gather")
+def _(features, argmax, boxes, levels, *pooling):
+    _check_one_device(features, argmax=argmax, boxes=boxes, levels=levels)
+    return _fake_pooled(features, boxes, argmax.shape[2:])
 
 
 @torch.library.register_fake("roialign_ext::roi_align_backward")
 def _(grad_output, boxes, levels, num_images, map_sizes, *pooling_and_channels_last):
-    channels = grad_output.shape[1]
-    return [
-        _empty_in_layout(grad_output, (num_images, channels, height, width), pooling_and_channels_last[-1])
-        for height, width in zip(map_sizes[::2], map_sizes[1::2], strict=True)
-    ]
+    return _fake_maps(grad_output, num_images, map_sizes, pooling_and_channels_last[-1])
+
+
+@torch.library.register_fake("roialign_ext::roi_max_backward")
+def _(grad_output, argmax, boxes, levels, num_images, map_sizes, *pooling_and_channels_last):
+    return _fake_maps(grad_output, num_images, map_sizes, pooling_and_channels_last[-1])
+
+
+@torch.library.register_fake("roialign_ext::roi_align_backward_boxes")
+def _(grad_output, features, boxes, levels, *pooling):
+    return boxes.new_empty(boxes.shape)
+
+
+@torch.library.register_fake("roialign_ext::roi_max_backward_boxes")
+def _(grad_output, argmax, features, boxes, levels, *pooling):
+    return boxes.new_empty(boxes.shape)
 
 
 @torch.library.register_fake("roialign_ext::assign_levels")
 def _(boxes, *rule):
     return boxes.new_empty(boxes.shape[0], dtype=torch.int64)
+
+
+def _check_one_device(features: Sequence[Tensor], **others: Tensor | None) -> None:
+    """The dispatcher sends a call to the fake kernel if any of its tensors has no data, whatever the others are."""
+    name = "roi_align" if len(features) == 1 else "multiscale_roi_align"
+    tensors = {f"features[{i}]": f for i, f in enumerate(features)} | others
+    for argument, tensor in tensors.items():
+        if tensor is not None and tensor.device != features[0].device:
+            raise ValueError(f"{name}: `{argument}` must be on {features[0].device}, got {tensor.device}")
+
+
+def _fake_pooled(features: Sequence[Tensor], boxes: Tensor, output_size: Sequence[int]) -> Tensor:
+    x = features[0]
+    return _empty_in_layout(x, (boxes.shape[0], x.shape[1], *output_size), _is_channels_last(x))
+
+
+def _fake_maps(like: Tensor, num_images: int, map_sizes: Sequence[int], channels_last: bool) -> list[Tensor]:
+    return [
+        _empty_in_layout(like, (num_images, like.shape[1], height, width), channels_last)
+        for height, width in zip(map_sizes[::2], map_sizes[1::2], strict=True)
+    ]
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,12 +33,13 @@ def multiscale_roi_align(
     sampling_ratio: int = -1,
     aligned: bool = False,
     *,
+    mode: str = "avg",
     canonical_scale: float = 224,
     canonical_level: int = 4,
     levels: Tensor | None = None,
     coordinate_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Average-pool every box from its level of a feature pyramid, one box at a time.
+    """Pool every box from its level of a feature pyramid, one box at a time.
 
     Args:
         features: `L` maps `(N, C, H_l, W_l)`, finest first.
@@ -46,6 +48,8 @@ def multiscale_roi_align(
         spatial_scales: map cells per image pixel, one number or a pair `(scale_y, scale_x)` per level.
         sampling_ratio: samples per bin side; `<= 0` takes `ceil(roi_size / bins)`.
         aligned: shift by half a cell, and do not widen boxes to one cell.
+        mode: "avg", the mean of a bin's samples, or "max", the greatest: a sample outside the map counts as 0, NaN is
+            greater than any number, and of equals the first in y-then-x order is the one that gets the gradient.
         levels: `(K,)` level of each box instead of the FPN rule; -1 marks padding.
         coordinate_dtype: precision of the coordinates, where it is not to follow from features and boxes.
 
@@ -64,6 +68,8 @@ def multiscale_roi_align(
     scales = [_pair(scale) for scale in spatial_scales]
     rows = _as_rows(boxes, features[0].shape[0])
     num_rois, num_images, channels = len(rows), features[0].shape[0], features[0].shape[1]
+    if mode not in ("avg", "max"):
+        raise ValueError(f'reference: mode must be "avg" or "max", got {mode!r}')
     for feature in features:
         if feature.shape[:2] != features[0].shape[:2] or feature.dtype != features[0].dtype:
             raise ValueError("reference: all levels must have one N, C and dtype")
@@ -98,12 +104,10 @@ def multiscale_roi_align(
         box = rows[roi, 1:].to(coordinate_dtype)
         feature = maps[level][int(image)]  # [C, H, W]
         (scale_y, scale_x), (_, height, width) = scales[level], feature.shape
-        weights_y = _axis_weights(box[1], box[3], scale_y, sampling_ratio, aligned, num_bins_y, height)
-        weights_x = _axis_weights(box[0], box[2], scale_x, sampling_ratio, aligned, num_bins_x, width)
-        if weights_y is not None and weights_x is not None and bool(box.isfinite().all()):
-            # Only the cells that the box reaches are multiplied: the same sum, and a map of any size stays cheap.
-            reach_y, reach_x = _reach(weights_y), _reach(weights_x)
-            row = weights_y[:, reach_y] @ feature[:, reach_y, reach_x] @ weights_x[:, reach_x].T
+        y = _axis_samples(box[1], box[3], scale_y, sampling_ratio, aligned, num_bins_y, height)
+        x = _axis_samples(box[0], box[2], scale_x, sampling_ratio, aligned, num_bins_x, width)
+        if y is not None and x is not None and bool(box.isfinite().all()):
+            row = _mean(feature, y, x) if mode == "avg" else _greatest(feature, y, x)
         pooled.append(row)
 
     output = torch.stack(pooled) if pooled else maps[0].new_zeros((0, channels, num_bins_y, num_bins_x))
@@ -144,6 +148,65 @@ def assign_levels(
     return torch.where(known, index, -1)
 
 
+def gradients_of_tangent(
+    grad_output: Tensor,
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    box_tangents: Tensor,
+    output_size: int | Sequence[int],
+    spatial_scales: Sequence[float | Sequence[float]],
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+    *,
+    canonical_scale: float = 224,
+    canonical_level: int = 4,
+    levels: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The gradients of `<grad_output, d pooled / d boxes * box_tangents>` in the boxes and in every level.
+
+    Average pooling. Both are second derivatives of the pooling, by autograd through the reference; a few boxes at a
+    time, so that memory beyond the results stays that of a few boxes and of the maps in float64. Rows that name an
+    image or a level that is not there count as padding.
+    """
+    boxes_at_a_time = 16
+    images = features[0].shape[0]
+    if levels is None:
+        scales = [_pair(scale) for scale in spatial_scales]
+        levels = _levels_by_rule(boxes, scales, canonical_scale, canonical_level).to(boxes.device)
+    image = boxes[:, 0].detach().trunc()
+    present = (image >= 0) & (image < images) & (levels >= 0) & (levels < len(features))
+    maps = [feature.detach().double().requires_grad_() for feature in features]
+    sums = [torch.zeros_like(x) for x in maps]
+    rows, levels = torch.where(present[:, None], boxes.detach(), -1), torch.where(present, levels, -1)
+    grad_boxes = torch.zeros_like(boxes)
+    narrow = torch.float64 not in (features[0].dtype, boxes.dtype)
+    for first in range(0, len(boxes), boxes_at_a_time):
+        chosen = slice(first, first + boxes_at_a_time)
+        chunk = rows[chosen].double().requires_grad_()
+        weight = grad_output[chosen].detach().double().requires_grad_()
+        with torch.enable_grad():
+            pooled = multiscale_roi_align(
+                maps,
+                chunk,
+                output_size,
+                spatial_scales,
+                sampling_ratio,
+                aligned,
+                levels=levels[chosen],
+                coordinate_dtype=torch.float32 if narrow else torch.float64,
+            )
+            (first_order,) = torch.autograd.grad(pooled, chunk, weight, create_graph=True)
+            second = torch.autograd.grad(
+                first_order, [chunk, *maps], box_tangents[chosen].detach().double(), allow_unused=True
+            )
+        if second[0] is not None:
+            grad_boxes[chosen] = second[0].to(boxes.dtype)
+        for total, part in zip(sums, second[1:]):
+            if part is not None:
+                total += part
+    return grad_boxes, *(total.to(x.dtype) for total, x in zip(sums, features))
+
+
 def _levels_by_rule(
     rows: Tensor, scales: Sequence[tuple[float, float]], canonical_scale: float, canonical_level: int
 ) -> Tensor:
@@ -159,14 +222,21 @@ def _levels_by_rule(
     )
 
 
-def _axis_weights(
-    begin: Tensor, end: Tensor, scale: float, sampling_ratio: int, aligned: bool, num_bins: int, cells: int
-) -> Tensor | None:
-    """The weight of each cell along one axis in the mean of each bin, `(num_bins, cells)` in float64; None: no samples.
+class _Samples(NamedTuple):
+    """The samples of every bin along one axis that lie on the map, in order; `(num_bins, any)`."""
 
-    The samples of a bin form a grid, and what is outside or clamped is decided per axis, so a bin is
-    `weights_y @ map @ weights_x.T`. Samples outside the map have no weight, and still count in the mean.
-    """
+    position: Tensor  # in cells, as the coordinates' dtype
+    is_on_map: Tensor  # which of `position` are samples of their bin, on the map
+    skipped: Tensor  # (num_bins, 1), how many samples of the bin lie before the first in `position`
+    count: int  # samples of a bin in all
+    num_bins: int
+    cells: int  # of the map
+
+
+def _axis_samples(
+    begin: Tensor, end: Tensor, scale: float, sampling_ratio: int, aligned: bool, num_bins: int, cells: int
+) -> _Samples | None:
+    """The samples of a box along one axis; None where it takes none."""
     offset = 0.5 if aligned else 0.0
     start = begin * scale - offset
     size = (end * scale - offset) - start
@@ -184,6 +254,7 @@ def _axis_weights(
     def position(sample: Tensor) -> Tensor:  # [num_bins, any] -> [num_bins, any]
         return (start + bins * bin_size) + ((sample.to(size.dtype) + 0.5) * bin_size) / divisor
 
+    first = torch.zeros_like(bins)
     if sampling_ratio > 0:
         sample = torch.arange(num_samples, device=size.device).expand(num_bins, -1)
     else:
@@ -195,15 +266,66 @@ def _axis_weights(
 
     where = position(sample)
     inside = (where >= -1) & (where <= cells) & (sample < num_samples)
-    owner = bins.expand_as(where)[inside]
-    where = where[inside].double().clamp(0, cells - 1)
-    low = where.detach().floor().long()
-    high = (low + 1).clamp(max=cells - 1)
-    fraction = where - low
-    weights = torch.zeros((num_bins, cells), dtype=torch.float64, device=size.device)
+    return _Samples(where, inside, first, num_samples, num_bins, cells)
+
+
+def _axis_weights(samples: _Samples) -> Tensor:
+    """The weight of each cell along one axis in the mean of each bin, `(num_bins, cells)` in float64.
+
+    The samples of a bin form a grid, and what is outside or clamped is decided per axis, so a bin is
+    `weights_y @ map @ weights_x.T`. Samples outside the map have no weight, and still count in the mean.
+    """
+    bins = torch.arange(samples.num_bins, device=samples.position.device)[:, None]
+    owner = bins.expand_as(samples.position)[samples.is_on_map]
+    low, high, fraction = _taps(samples.position[samples.is_on_map], samples.cells)
+    weights = fraction.new_zeros((samples.num_bins, samples.cells))
     weights = weights.index_put((owner, low), 1 - fraction, accumulate=True)
     weights = weights.index_put((owner, high), fraction, accumulate=True)
-    return weights / num_samples
+    return weights / samples.count
+
+
+def _taps(position: Tensor, cells: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The cells on both sides of each position, and the share of the second in float64."""
+    where = position.double().clamp(0, cells - 1)
+    low = where.detach().floor().long()
+    return low, (low + 1).clamp(max=cells - 1), where - low
+
+
+def _mean(feature: Tensor, y: _Samples, x: _Samples) -> Tensor:
+    """`(C, P, Q)`: the mean of the samples of each bin."""
+    weights_y, weights_x = _axis_weights(y), _axis_weights(x)
+    # Only the cells that the box reaches are multiplied: the same sum, and a map of any size stays cheap.
+    reach_y, reach_x = _reach(weights_y), _reach(weights_x)
+    return weights_y[:, reach_y] @ feature[:, reach_y, reach_x] @ weights_x[:, reach_x].T
+
+
+def _greatest(feature: Tensor, y: _Samples, x: _Samples) -> Tensor:
+    """`(C, P, Q)`: the greatest sample of each bin."""
+
+    def at(samples: _Samples, axis: int, values: Tensor, position: Tensor) -> Tensor:
+        # Cells of no weight are not read: a NaN or an infinity there is not this sample's.
+        low, high, fraction = _taps(position, samples.cells)
+        shape = [-1 if i == axis else 1 for i in range(values.ndim)]
+        left, right, fraction = values.index_select(axis, low), values.index_select(axis, high), fraction.view(shape)
+        # A sum, not a choice, for the derivative: a sample on a grid line moves towards its right neighbour.
+        blend = left * (1 - fraction) + right * fraction
+        return torch.where(fraction == 0, left + fraction * (right - left).nan_to_num(0, 0, 0), blend)
+
+    def in_order(samples: _Samples, bin: int, axis: int, values: Tensor) -> Tensor:
+        # The bin's samples along the axis; those outside the map are 0, and one of a run of them stands for all.
+        inside = samples.is_on_map[bin]
+        found = at(samples, axis, values, samples.position[bin][inside])
+        outside = torch.zeros_like(values.narrow(axis, 0, 1))
+        before = int(samples.skipped[bin]) + int((~inside).cumprod(0).sum())
+        if len(inside) == 0 or not bool(inside.any()):
+            return outside
+        after = samples.count - before - found.shape[axis]
+        return torch.cat([outside] * (before > 0) + [found] + [outside] * (after > 0), axis)
+
+    rows = [in_order(y, p, 1, feature) for p in range(y.num_bins)]
+    bins = [[in_order(x, q, 2, row).flatten(1) for q in range(x.num_bins)] for row in rows]
+    # max() of a dimension gives the first of equals, and NaN where there is one.
+    return torch.stack([torch.stack([values.max(1).values for values in row], 1) for row in bins], 1)
 
 
 def _bisect(reached: Callable[[Tensor], Tensor], num_samples: int, bins: Tensor) -> Tensor:

@@ -93,12 +93,16 @@ def fastrcnn_loss(
     """
     label = torch.cat(list(labels))
     target = torch.cat(list(regression_targets))
-    if len(label) == 0:
+    compiling = torch.compiler.is_compiling()  # a graph may not know whether there are any samples
+    if not compiling and len(label) == 0:
         return class_logits.sum() * 0, box_regression.sum() * 0
     positive = (label > 0)[:, None]
     # Background takes part with a difference of zero, so that nobody has to wait for the number of positives.
     code = torch.where(positive, codes_of_class(box_regression, label), 0)
     box_loss = F.smooth_l1_loss(code, torch.where(positive, target, 0), beta=1 / 9, reduction="sum")
+    if compiling:
+        count = max(len(label), 1)
+        return F.cross_entropy(class_logits, label, reduction="sum") / count, box_loss / count
     return F.cross_entropy(class_logits, label), box_loss / len(label)
 
 

@@ -98,12 +98,13 @@ def keypointrcnn_loss(
     height, width = keypoint_logits.shape[2:]
     if height != width:
         raise ValueError(f"keypointrcnn_loss: `keypoint_logits` must be square, got {height} x {width}")
-    if keypoint_logits.numel() == 0:
+    compiling = torch.compiler.is_compiling()  # a graph may not know whether there are any proposals
+    if not compiling and keypoint_logits.numel() == 0:
         return keypoint_logits.sum() * 0
     keypoints = torch.cat([keypoint[matched] for keypoint, matched in zip(gt_keypoints, keypoint_matched_idxs)])
     cells, counts = _cells_of_keypoints(keypoints, torch.cat(list(proposals)), height)
     logits, target = keypoint_logits.flatten(2).flatten(0, 1), cells.masked_fill(~counts, -1).flatten()
-    if not host_waits_for(logits.device):
+    if not compiling and not host_waits_for(logits.device):
         index = (target >= 0).nonzero().squeeze(1)
         logits, target = logits.index_select(0, index), target[index]
     # Elsewhere targets tell apart those that do not count, so that nobody waits for the number of the others.

@@ -137,22 +137,29 @@ def maskrcnn_loss(
         >>> maskrcnn_loss(logits, [proposal], [mask], [torch.tensor([1])], [torch.tensor([0])])
         tensor(0.6931)
     """
-    if mask_logits.numel() == 0:
+    compiling = torch.compiler.is_compiling()  # a graph may not know whether there are any proposals
+    if not compiling and mask_logits.numel() == 0:
         return mask_logits.sum() * 0
     labels = torch.cat([label[matched] for label, matched in zip(gt_labels, mask_matched_idxs)])
     size = mask_logits.shape[-1]
     targets = [_pooled_masks(*image, size) for image in zip(gt_masks, proposals, mask_matched_idxs)]
-    return F.binary_cross_entropy_with_logits(_of_class(mask_logits, labels), torch.cat(targets))
+    logits, target = _of_class(mask_logits, labels), torch.cat(targets)
+    if compiling:
+        return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / max(logits.numel(), 1)
+    return F.binary_cross_entropy_with_logits(logits, target)
 
 
 def _pooled_masks(masks: Tensor, boxes: Tensor, matched: Tensor, size: int) -> Tensor:
     """Masks `(G, H, W)` cut to boxes `(K, 4)` of the masks `matched` `(K,)`: `(K, size, size)`."""
     dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
     pooled = torch.zeros(len(boxes), size, size, dtype=dtype, device=boxes.device)
-    if len(boxes) == 0:
+    if torch.compiler.is_compiling():
+        piece = len(masks)  # a graph with a loop would be one for every number of masks
+    elif len(boxes) == 0:
         return pooled
-    pixels = masks.shape[1] * masks.shape[2]
-    piece = len(masks) if masks.dtype == dtype else max(1, _MAX_PIXELS // max(pixels, 1))
+    else:
+        pixels = masks.shape[1] * masks.shape[2]
+        piece = len(masks) if masks.dtype == dtype else max(1, _MAX_PIXELS // max(pixels, 1))
     for start, part in enumerate(masks.split(piece)):
         # Rows of other pieces are padding, image -1, which pools to zeros.
         image = matched - start * piece

@@ -384,7 +384,10 @@ def _check_ground_truth(gt_boxes: Sequence[Tensor]) -> None:
     """A box without width or height has no code: its loss would be infinite or NaN."""
     boxes = torch.cat(list(gt_boxes))
     wrong = ~((_shorter_side(boxes) > 0) & boxes.isfinite().all(dim=1))
-    if wrong.any():
+    if torch.compiler.is_compiling():
+        # A graph cannot branch on values; this becomes a RuntimeError when it runs, without image and box.
+        assert (~wrong).all(), "RoIHeads: boxes of `targets` must be finite with x1 < x2 and y1 < y2"
+    elif wrong.any():
         row = int(wrong.nonzero()[0])
         image = 0
         while row >= len(gt_boxes[image]):
