@@ -11,8 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _library  # noqa: F401  (loads the compiled operators)
-from . import reference
+from . import (
+    _library,  # noqa: F401  (loads the compiled operators)
+    reference,
+    transforms,
+)
 
 _operators = torch.ops.roialign_ext
 
@@ -101,8 +104,8 @@ def multiscale_roi_align(
     rois = _as_rois(name, boxes, features[0].shape[0] if features and features[0].dim() else 0)
     bins = _pair(name, "output_size", output_size)
     if mode == "max":
-        return _RoIMax.apply(rois, levels, bins, pooling, *features)[0]
-    return _RoIAlign.apply(rois, levels, bins, pooling, *features)
+        return transforms.apply(_RoIMax, rois, levels, bins, pooling, *features)[0]
+    return transforms.apply(_RoIAlign, rois, levels, bins, pooling, *features)
 
 
 def roi_align(
@@ -192,8 +195,10 @@ def _assign_levels(
 # Max pooling takes one sample in place of the mean of all; which one is a constant.
 
 
-class _RoIAlign(torch.autograd.Function):
+class _RoIAlign(transforms.Function):
     """boxes, features -> pooled. The features are kept only where the boxes' gradient will read them."""
+
+    kinds = ("boxes", "rows", None, None)
 
     @staticmethod
     def forward(boxes, levels, output_size, pooling, *features):
@@ -210,14 +215,28 @@ class _RoIAlign(torch.autograd.Function):
         boxes, levels, *features = ctx.saved_tensors
         grad_boxes, grad_features = None, [None] * (len(ctx.needs_input_grad) - 4)
         if ctx.needs_input_grad[0]:
-            grad_boxes = _BoxGradient.apply(grad_output, boxes, levels, ctx.pooling, *features)
+            grad_boxes = transforms.apply(_BoxGradient, grad_output, boxes, levels, ctx.pooling, *features)
         if any(ctx.needs_input_grad[4:]):
-            grad_features = _RoIAlignBackward.apply(grad_output, boxes, levels, ctx.pooling, *ctx.maps)
+            grad_features = transforms.apply(_RoIAlignBackward, grad_output, boxes, levels, ctx.pooling, *ctx.maps)
         return grad_boxes, None, None, None, *grad_features
 
+    @staticmethod
+    def tangent(inputs, output, boxes_tangent, _levels, _output_size, _pooling, *features_tangent):
+        boxes, levels, output_size, pooling, *features = inputs
+        moved, changed = None, None
+        if boxes_tangent is not None:
+            moved = transforms.apply(_RoIAlignTangent, boxes, boxes_tangent, levels, output_size, pooling, *features)
+        if _any(features_tangent):
+            directions = _filled(features_tangent, features)
+            changed = transforms.apply(_RoIAlign, boxes, levels, output_size, pooling, *directions)
+        return _sum_of(moved, changed)
 
-class _RoIAlignBackward(torch.autograd.Function):
+
+class _RoIAlignBackward(transforms.Function):
     """grad of pooled, boxes -> grad of every level. Linear in the first, as the operation is in the features."""
+
+    kinds = ("rows", "boxes", "rows", None, "images", None, None)
+    returns_maps = True
 
     @staticmethod
     def forward(grad_output, boxes, levels, pooling, num_images, map_sizes, channels_last):
@@ -236,14 +255,27 @@ class _RoIAlignBackward(torch.autograd.Function):
         boxes, levels, grad_output = ctx.saved_tensors
         grad_grad_output, grad_boxes = None, None
         if ctx.needs_input_grad[0]:
-            grad_grad_output = _RoIAlign.apply(boxes, levels, ctx.output_size, ctx.pooling, *directions)
+            grad_grad_output = transforms.apply(_RoIAlign, boxes, levels, ctx.output_size, ctx.pooling, *directions)
         if ctx.needs_input_grad[1]:
-            grad_boxes = _BoxGradient.apply(grad_output, boxes, levels, ctx.pooling, *directions)
+            grad_boxes = transforms.apply(_BoxGradient, grad_output, boxes, levels, ctx.pooling, *directions)
         return grad_grad_output, grad_boxes, None, None, None, None, None
 
+    @staticmethod
+    def tangent(inputs, output, grad_tangent, boxes_tangent, *_):
+        grad_output, boxes, levels, pooling, *maps = inputs
+        moved, changed = [None] * len(output), [None] * len(output)
+        if grad_tangent is not None:
+            changed = transforms.apply(_RoIAlignBackward, grad_tangent, boxes, levels, pooling, *maps)
+        if boxes_tangent is not None:
+            # The features do not matter: the operation is linear in them.
+            _, *moved = transforms.apply(_MixedGradient, grad_output, boxes, boxes_tangent, levels, pooling, *output)
+        return tuple(map(_sum_of, moved, changed))
 
-class _BoxGradient(torch.autograd.Function):
+
+class _BoxGradient(transforms.Function):
     """grad of pooled, boxes, features -> grad of the boxes, `(K, 5)` in their dtype, 0 for the image."""
+
+    kinds = ("rows", "boxes", "rows", None)
 
     @staticmethod
     def forward(grad_output, boxes, levels, pooling, *features):
@@ -260,15 +292,33 @@ class _BoxGradient(torch.autograd.Function):
         grad_grad_output, grad_boxes, grad_features = None, None, [None] * len(features)
         if ctx.needs_input_grad[0]:
             size = tuple(grad_output.shape[2:])
-            grad_grad_output = _RoIAlignTangent.apply(boxes, directions, levels, size, ctx.pooling, *features)
+            grad_grad_output = transforms.apply(
+                _RoIAlignTangent, boxes, directions, levels, size, ctx.pooling, *features
+            )
         if ctx.needs_input_grad[1] or any(ctx.needs_input_grad[4:]):
-            mixed = _MixedGradient.apply(grad_output, boxes, directions, levels, ctx.pooling, *features)
+            mixed = transforms.apply(_MixedGradient, grad_output, boxes, directions, levels, ctx.pooling, *features)
             grad_boxes, *grad_features = mixed
         return grad_grad_output, grad_boxes, None, None, *grad_features
 
+    @staticmethod
+    def tangent(inputs, output, grad_tangent, boxes_tangent, _levels, _pooling, *features_tangent):
+        grad_output, boxes, levels, pooling, *features = inputs
+        of_grad, of_boxes, of_features = None, None, None
+        if grad_tangent is not None:
+            of_grad = transforms.apply(_BoxGradient, grad_tangent, boxes, levels, pooling, *features)
+        if boxes_tangent is not None:
+            mixed = transforms.apply(_MixedGradient, grad_output, boxes, boxes_tangent, levels, pooling, *features)
+            of_boxes = mixed[0]
+        if _any(features_tangent):
+            directions = _filled(features_tangent, features)
+            of_features = transforms.apply(_BoxGradient, grad_output, boxes, levels, pooling, *directions)
+        return _sum_of(of_grad, of_boxes, of_features)
 
-class _RoIAlignTangent(torch.autograd.Function):
+
+class _RoIAlignTangent(transforms.Function):
     """boxes, their tangents, features -> the derivative of pooled along the tangents."""
+
+    kinds = ("boxes", "rows", "rows", None, None)
 
     @staticmethod
     def forward(boxes, tangents, levels, output_size, pooling, *features):
@@ -284,16 +334,19 @@ class _RoIAlignTangent(torch.autograd.Function):
         boxes, tangents, levels, *features = ctx.saved_tensors
         grad_boxes, grad_tangents, grad_features = None, None, [None] * len(features)
         if ctx.needs_input_grad[1]:
-            grad_tangents = _BoxGradient.apply(grad_output, boxes, levels, ctx.pooling, *features)
+            grad_tangents = transforms.apply(_BoxGradient, grad_output, boxes, levels, ctx.pooling, *features)
             grad_tangents = grad_tangents.to(tangents.dtype)
         if ctx.needs_input_grad[0] or any(ctx.needs_input_grad[5:]):
-            mixed = _MixedGradient.apply(grad_output, boxes, tangents, levels, ctx.pooling, *features)
+            mixed = transforms.apply(_MixedGradient, grad_output, boxes, tangents, levels, ctx.pooling, *features)
             grad_boxes, *grad_features = mixed
         return grad_boxes, grad_tangents, None, None, None, *grad_features
 
 
-class _MixedGradient(torch.autograd.Function):
+class _MixedGradient(transforms.Function):
     """The gradients of <grad of pooled, derivative of pooled along tangents>, in the boxes and in the features."""
+
+    kinds = ("rows", "boxes", "rows", "rows", None)
+    returns_maps = True
 
     @staticmethod
     def forward(grad_output, boxes, tangents, levels, pooling, *features):
@@ -320,8 +373,10 @@ class _MixedGradient(torch.autograd.Function):
         raise NotImplementedError("roi_align: third derivatives that involve the boxes are not supported")
 
 
-class _RoIMax(torch.autograd.Function):
+class _RoIMax(transforms.Function):
     """boxes, features -> pooled and the winner of each bin, which is all that the features' gradient needs."""
+
+    kinds = ("boxes", "rows", None, None)
 
     @staticmethod
     def forward(boxes, levels, output_size, pooling, *features):
@@ -340,14 +395,25 @@ class _RoIMax(torch.autograd.Function):
         boxes, levels, argmax, *features = ctx.saved_tensors
         grad_boxes, grad_features = None, [None] * (len(ctx.needs_input_grad) - 4)
         if ctx.needs_input_grad[0]:
-            grad_boxes = _MaxBoxGradient.apply(grad_output, argmax, boxes, levels, ctx.pooling, *features)
+            grad_boxes = transforms.apply(_MaxBoxGradient, grad_output, argmax, boxes, levels, ctx.pooling, *features)
         if any(ctx.needs_input_grad[4:]):
-            grad_features = _RoIMaxBackward.apply(grad_output, argmax, boxes, levels, ctx.pooling, *ctx.maps)
+            grad_features = transforms.apply(
+                _RoIMaxBackward, grad_output, argmax, boxes, levels, ctx.pooling, *ctx.maps
+            )
         return grad_boxes, None, None, None, *grad_features
 
+    @staticmethod
+    def tangent(inputs, output, boxes_tangent, _levels, _output_size, _pooling, *features_tangent):
+        boxes, levels, _, pooling, *features = inputs
+        return _RoIMaxGather.tangent(
+            (output[1], *inputs[:2], pooling, *features), None, None, boxes_tangent, None, None, *features_tangent
+        ), None
 
-class _RoIMaxGather(torch.autograd.Function):
+
+class _RoIMaxGather(transforms.Function):
     """winners, boxes, features -> the features at the winners: max pooling, once it is known where the greatest are."""
+
+    kinds = ("rows", "boxes", "rows", None)
 
     @staticmethod
     def forward(argmax, boxes, levels, pooling, *features):
@@ -364,14 +430,27 @@ class _RoIMaxGather(torch.autograd.Function):
         argmax, boxes, levels, *features = ctx.saved_tensors
         grad_boxes, grad_features = None, [None] * (len(ctx.needs_input_grad) - 4)
         if ctx.needs_input_grad[1]:
-            grad_boxes = _MaxBoxGradient.apply(grad_output, argmax, boxes, levels, ctx.pooling, *features)
+            grad_boxes = transforms.apply(_MaxBoxGradient, grad_output, argmax, boxes, levels, ctx.pooling, *features)
         if any(ctx.needs_input_grad[4:]):
-            grad_features = _RoIMaxBackward.apply(grad_output, argmax, boxes, levels, ctx.pooling, *ctx.maps)
+            grad_features = transforms.apply(
+                _RoIMaxBackward, grad_output, argmax, boxes, levels, ctx.pooling, *ctx.maps
+            )
         return None, grad_boxes, None, None, *grad_features
 
+    @staticmethod
+    def tangent(inputs, output, _argmax, boxes_tangent, _levels, _pooling, *features_tangent):
+        if boxes_tangent is not None:
+            raise NotImplementedError('roi_align: with mode="max" boxes have no forward-mode derivative')
+        argmax, boxes, levels, pooling, *features = inputs
+        directions = _filled(features_tangent, features)
+        return transforms.apply(_RoIMaxGather, argmax, boxes, levels, pooling, *directions)
 
-class _RoIMaxBackward(torch.autograd.Function):
+
+class _RoIMaxBackward(transforms.Function):
     """grad of pooled, winners, boxes -> grad of every level: the adjoint of _RoIMaxGather."""
+
+    kinds = ("rows", "rows", "boxes", "rows", None, "images", None, None)
+    returns_maps = True
 
     @staticmethod
     def forward(grad_output, argmax, boxes, levels, pooling, num_images, map_sizes, channels_last):
@@ -391,14 +470,16 @@ class _RoIMaxBackward(torch.autograd.Function):
         argmax, boxes, levels, grad_output = ctx.saved_tensors
         grad_grad_output, grad_boxes = None, None
         if ctx.needs_input_grad[0]:
-            grad_grad_output = _RoIMaxGather.apply(argmax, boxes, levels, ctx.pooling, *directions)
+            grad_grad_output = transforms.apply(_RoIMaxGather, argmax, boxes, levels, ctx.pooling, *directions)
         if ctx.needs_input_grad[2]:
-            grad_boxes = _MaxBoxGradient.apply(grad_output, argmax, boxes, levels, ctx.pooling, *directions)
+            grad_boxes = transforms.apply(_MaxBoxGradient, grad_output, argmax, boxes, levels, ctx.pooling, *directions)
         return grad_grad_output, None, grad_boxes, None, None, None, None, None
 
 
-class _MaxBoxGradient(torch.autograd.Function):
+class _MaxBoxGradient(transforms.Function):
     """grad of pooled, winners, boxes, features -> grad of the boxes."""
+
+    kinds = ("rows", "rows", "boxes", "rows", None)
 
     @staticmethod
     def forward(grad_output, argmax, boxes, levels, pooling, *features):
@@ -425,7 +506,21 @@ def _roi_align_tangent(
 
     Differentiable itself. The tangent of the image index counts for nothing.
     """
-    return _RoIAlignTangent.apply(boxes, box_tangents, levels, output_size, pooling, *features)
+    return transforms.apply(_RoIAlignTangent, boxes, box_tangents, levels, output_size, pooling, *features)
+
+
+def _any(tangents: Sequence[Tensor | None]) -> bool:
+    return any(tangent is not None for tangent in tangents)
+
+
+def _filled(tangents: Sequence[Tensor | None], features: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(x) if tangent is None else tangent for tangent, x in zip(tangents, features)]
+
+
+def _sum_of(*parts: Tensor | None) -> Tensor | None:
+    """Of those that are there."""
+    found = [part for part in parts if part is not None]
+    return sum(found[1:], found[0]) if found else None
 
 
 def _maps_of(features: Sequence[Tensor]) -> tuple[int, list[int], bool]:

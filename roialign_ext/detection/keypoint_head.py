@@ -88,7 +88,7 @@ def keypointrcnn_loss(
         A scalar; 0 where no keypoint counts.
 
     Raises:
-        ValueError: heat maps that are not square.
+        ValueError: heat maps that are not square, or not as many as keypoints.
 
     Example:
         >>> proposal, keypoint = torch.tensor([[0.0, 0.0, 8.0, 8.0]]), torch.tensor([[[3.0, 2.0, 1.0]]])
@@ -98,6 +98,12 @@ def keypointrcnn_loss(
     height, width = keypoint_logits.shape[2:]
     if height != width:
         raise ValueError(f"keypointrcnn_loss: `keypoint_logits` must be square, got {height} x {width}")
+    if any(keypoint.shape[1] != keypoint_logits.shape[1] for keypoint in gt_keypoints):
+        shapes = [tuple(keypoint.shape) for keypoint in gt_keypoints]
+        raise ValueError(
+            f"keypointrcnn_loss: `gt_keypoints` must have {keypoint_logits.shape[1]} keypoints of each object, "
+            f"got shapes {shapes}"
+        )
     compiling = torch.compiler.is_compiling()  # a graph may not know whether there are any proposals
     if not compiling and keypoint_logits.numel() == 0:
         return keypoint_logits.sum() * 0
