@@ -12,8 +12,10 @@
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/library.h>
 #include <torch/version.h>
 #ifdef __linux__
@@ -461,12 +463,23 @@ int64_t launch_count() {
 #endif
 }
 
+#ifndef ROIALIGN_EXT_EMULATED
+// Whether vmap, a derivative of torch.func or a level of forward-mode derivatives is at work. Python has no public way
+// to ask.
+bool is_transformed() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
+}
+#endif
+
 }  // namespace
 }  // namespace roialign
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("build_info", &roialign::build_info, "What was compiled: versions, architectures, compiler.");
 #ifndef ROIALIGN_EXT_EMULATED
+  module.def("is_transformed", &roialign::is_transformed,
+             "Whether torch.func or forward-mode derivatives are at work.");
   module.def("set_cpu_capability", &roialign::cpu::set_capability,
              "Runs the CPU kernels with an instruction set by name; false if machine or build lack it.");
 #endif

@@ -35,6 +35,11 @@ def launch_count() -> int:
     return int(_module.launch_count())
 
 
+def is_transformed() -> bool:
+    """Whether vmap, a derivative of torch.func or a level of forward-mode derivatives is at work."""
+    return bool(_module.is_transformed())
+
+
 def set_cpu_capability(name: str) -> bool:
     """Run the CPU kernels with the instruction set "baseline", "avx2" or "avx512"; False if it cannot be had."""
     return bool(_module.set_cpu_capability(name))

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from . import _library
+
 
 class Function(torch.autograd.Function):
     """A Function whose tensors all begin with a dimension of rows (boxes and what is pooled) or of images (maps).
@@ -62,13 +64,14 @@ def apply(function: type[Function], *inputs: Any) -> Any:
     """`function.apply(*inputs)`, as far as whoever is tracing can take it."""
     if torch.jit.is_tracing():
         return function.forward(*inputs)  # an operator, which can be saved; an autograd Function cannot
-    if not torch.compiler.is_compiling():
+    wants_gradient = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    if torch.compiler.is_compiling():
+        # torch.compile refuses a Function with jvp, and mistakes the first input of one without gradient for `ctx`
+        # where the number of inputs happens to be that of the parameters.
+        return function.apply(*inputs) if wants_gradient else function.forward(*inputs)
+    if wants_gradient or _library.is_transformed():
         return function.with_jvp.apply(*inputs)
-    # torch.compile refuses a Function with jvp, and mistakes the first input of one without gradient for `ctx` where
-    # the number of inputs happens to be that of the parameters.
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        return function.apply(*inputs)
-    return function.forward(*inputs)
+    return function.forward(*inputs)  # of a small call, torch's book-keeping for a Function is three quarters
 
 
 def _with_jvp(function: Any) -> type[torch.autograd.Function]:
