@@ -22,10 +22,13 @@ Backward: the output's gradient, read, and every cell of the maps' gradients, wr
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
+import gc
 import importlib.util
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -39,17 +42,15 @@ from typing import Any
 
 import torch
 import torchvision
+from providers import DTYPES, LAYOUTS, PROVIDERS, Pool
 from torch import Tensor
 from torch.utils.benchmark import Timer
-from torchvision.ops.poolers import LevelMapper
-from workloads import WORKLOADS
+from workloads import SWEEPS, WORKLOADS
 
 import roialign_ext
 from roialign_ext import reference
 from roialign_ext._library import build_info
 
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
 DIRECTIONS = ("forward", "backward")
 KEYS = ("workload", "layout", "dtype", "threads", "direction", "metric")  # of a group of comparable times
 # Largest difference over the largest value. float32 is given an ulp of a coordinate of 300 cells,
@@ -57,8 +58,6 @@ KEYS = ("workload", "layout", "dtype", "threads", "direction", "metric")  # of a
 TOLERANCE = {"float64": 1e-10, "float32": 3e-5, "float16": 1e-3, "bfloat16": 8e-3}
 CHECKED_ROIS = 24  # the reference goes box by box
 CALL_SECONDS = 0.02  # short calls are repeated to this length, so that the clock's own cost is lost in it
-
-Pool = Callable[[dict[str, Tensor], list[Tensor]], Tensor]
 
 
 @dataclass
@@ -83,52 +82,6 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.name} {self.layout} {self.dtype} {self.threads} thr"
-
-
-# --- providers: a function from a case to its pooler, or to None if it cannot run the case.
-# A pooler takes maps and boxes as a detector has them and returns (K, C, P, Q) in the layout and
-# dtype of the maps; conversions that it needs for that are part of its time.
-
-
-def ours(case: Case) -> Pool | None:
-    work = case.workload
-    pool = roialign_ext.MultiScaleRoIAlign(work.map_names, work.output_size, work.sampling_ratio, aligned=work.aligned)
-    return lambda maps, boxes: pool(maps, boxes, case.image_shapes)
-
-
-def torchvision_pooler(case: Case) -> Pool | None:
-    """torchvision's MultiScaleRoIAlign. It has no `aligned`; for that, detectron2's loop over levels
-    around the same operator. Half types are widened and narrowed as its autocast wrapper does: its
-    own half arithmetic fails the check."""
-    work = case.workload
-    dtype, memory_format = DTYPES[case.dtype], LAYOUTS[case.layout]
-    size = (work.output_size, work.output_size)
-    per_level = torchvision.ops.MultiScaleRoIAlign(work.map_names, size, work.sampling_ratio)
-    mapper = LevelMapper(2, 1 + len(work.strides))
-
-    def aligned(maps: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
-        levels, rows = mapper(boxes), torchvision.ops._utils.convert_boxes_to_roi_format(boxes)
-        pooled = next(iter(maps.values())).new_zeros(len(rows), work.channels, *size)
-        for level, (fmap, scale) in enumerate(zip(maps.values(), work.spatial_scales)):
-            index = torch.where(levels == level)[0]
-            crops = torchvision.ops.roi_align(fmap, rows[index], size, scale, work.sampling_ratio, aligned=True)
-            pooled.index_put_((index,), crops)
-        return pooled
-
-    def run(maps: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
-        if dtype in (torch.float16, torch.bfloat16):
-            maps = {name: fmap.float() for name, fmap in maps.items()}
-        boxes = [box.to(next(iter(maps.values())).dtype) for box in boxes]
-        pooled = aligned(maps, boxes) if work.aligned else per_level(maps, boxes, case.image_shapes)
-        return pooled.to(dtype, memory_format=memory_format)
-
-    return run
-
-
-PROVIDERS: dict[str, Callable[[Case], Pool | None]] = {
-    "ours": ours,
-    "torchvision": torchvision_pooler,
-}
 
 
 # --- check
@@ -165,10 +118,12 @@ class Oracle:
         case = self.case
         leaves = case.leaves()
         pooled = pool(leaves, case.boxes)
-        gradients = torch.autograd.grad(pooled, list(leaves.values()), self.cotangent.to(pooled))
+        gradients: tuple[Tensor, ...] = ()
+        if pooled.requires_grad:
+            gradients = torch.autograd.grad(pooled, list(leaves.values()), self.cotangent.to(pooled))
         assert pooled.dtype == DTYPES[case.dtype], pooled.dtype
         pairs = [(pooled.detach().cpu()[self.picked], self.values.detach())]
-        pairs += [(grad.cpu(), exact) for grad, exact in zip(gradients, self.gradients)]
+        pairs += [(grad.cpu(), exact) for grad, exact in zip(gradients, self.gradients)]  # none without a backward
         # Gradients are measured against the largest of all levels: one may have got none.
         largest_gradient = max(exact.abs().max().item() for exact in self.gradients)
         largest = [self.values.abs().max().item()] + [largest_gradient] * len(gradients)
@@ -222,6 +177,31 @@ def copy_bandwidth(device: torch.device, threads: int) -> float:
     return 2 * source.nbytes / min(timer.timeit(5).median for _ in range(5))
 
 
+def extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """The most memory a call holds at once beside what it is given and what it returns; None where nobody counts."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def resident(field: str) -> int:
+        if device.type == "cuda":
+            return torch.cuda.memory_allocated(device) if field == "VmRSS" else torch.cuda.max_memory_allocated(device)
+        return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith(field))
+
+    run()  # what is made once, such as threads and their stacks, is no call's
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif not status.exists():
+        return None
+    else:
+        gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # else the heap of the first call serves the second unseen
+        reset.write_text("5")  # the peak starts over
+    before = resident("VmRSS")
+    result = run()
+    returned = sum(x.nbytes for x in (result if isinstance(result, tuple) else [result]))
+    return max(resident("VmHWM") - before - returned, 0)
+
+
 def floor_bytes(case: Case) -> dict[str, int]:
     """Traffic of each direction. A cell has a weight where the gradient of one channel is not zero."""
     work = case.workload
@@ -244,18 +224,21 @@ def floor_bytes(case: Case) -> dict[str, int]:
 
 def runs(case: Case, pool: Pool) -> dict[str, Callable[[], object]]:
     """What is timed: direction -> one call of it."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return pool(case.maps, case.boxes)
+
     leaves = case.leaves()
     pooled = pool(leaves, case.boxes)
+    if not pooled.requires_grad:
+        return {"forward": forward}
     generator = torch.Generator().manual_seed(2)
     cotangent = torch.randn(pooled.shape, generator=generator).to(pooled)
     cotangent = cotangent.contiguous(memory_format=LAYOUTS[case.layout])
 
-    def forward() -> None:
-        with torch.no_grad():
-            pool(case.maps, case.boxes)
-
-    def backward() -> None:
-        torch.autograd.grad(pooled, list(leaves.values()), cotangent, retain_graph=True)
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(pooled, list(leaves.values()), cotangent, retain_graph=True)
 
     return {"forward": forward, "backward": backward}
 
@@ -266,6 +249,7 @@ def measure(case: Case, options: argparse.Namespace, bandwidth: float) -> tuple[
     clock = cuda_clock if case.device.type == "cuda" else cpu_clock
     oracle, all_matched = Oracle(case), True
     differences: dict[str, float] = {}
+    extra: dict[tuple[str, str], int | None] = {}
     clocks: dict[tuple[str, str, str], Callable[[], float]] = {}
     for name in options.provider:
         pool = PROVIDERS[name](case)
@@ -278,6 +262,7 @@ def measure(case: Case, options: argparse.Namespace, bandwidth: float) -> tuple[
             continue
         for direction, run in runs(case, pool).items():
             if direction in options.direction:
+                extra[direction, name] = extra_bytes(run, case.device)
                 for metric, read in clock(run, case).items():
                     clocks[direction, metric, name] = read
 
@@ -293,7 +278,8 @@ def measure(case: Case, options: argparse.Namespace, bandwidth: float) -> tuple[
         low, median, high = statistics.quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else ms * 3
         times = {"median_ms": median, "quartiles_ms": [low, high], "rounds": len(ms)}
         times |= {"floor_ms": 1e3 * floors[direction] / bandwidth, "floor_bytes": floors[direction]}
-        results.append(what | {"provider": name} | times | {"off_reference": differences[name]})
+        checks = {"off_reference": differences[name], "extra_bytes": extra[direction, name]}
+        results.append(what | {"provider": name} | times | checks)
     return results, all_matched
 
 
@@ -347,15 +333,19 @@ def providers_of(report: dict[str, Any]) -> list[str]:
 
 def print_table(report: dict[str, Any]) -> None:
     providers = providers_of(report)
-    print(f"\n{machine_line(report)}\nmedians in ms; behind each provider its multiple of the first\n")
-    print(f"{'case':<62}{'floor':>9}" + "".join(f"{name:>13}{'x':>9}" for name in providers))
+    print(
+        f"\n{machine_line(report)}\nmedians in ms; behind each provider its multiple of the first, and the memory\n"
+        "that it takes beside inputs and outputs\n"
+    )
+    print(f"{'case':<62}{'floor':>9}" + "".join(f"{name:>13}{'x':>9}{'MiB':>7}" for name in providers))
     for (*case, threads, direction, metric), rows in grouped(report).items():
         line = f"{' '.join([*case, f'{threads} thr', direction, metric]):<62}"
         line += f"{next(iter(rows.values()))['floor_ms']:9.3f}"
         for name in providers:
             median = rows[name]["median_ms"] if name in rows else float("nan")
             base = rows[providers[0]]["median_ms"] if providers[0] in rows else float("nan")
-            line += f"{median:13.3f}{median / base:9.2f}"
+            extra = rows.get(name, {}).get("extra_bytes")
+            line += f"{median:13.3f}{median / base:9.2f}{'' if extra is None else f'{extra / 2**20:.0f}':>7}"
         print(line)
 
 
@@ -363,6 +353,48 @@ def plot(report: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    if any("=" in row["workload"] for row in report["results"]):
+        plot_sweeps(report, path)
+    else:
+        plot_cases(report, path)
+
+
+def plot_sweeps(report: dict[str, Any], path: Path) -> None:
+    """Time against what is varied, a panel for each sweep and direction."""
+    import matplotlib.pyplot as plt
+
+    panels: dict[tuple[str, str], dict[str, dict[float, float]]] = {}
+    for row in report["results"]:
+        sweep, _, value = row["workload"].partition("=")
+        amount = math.prod(int(side) for side in value.split("x"))
+        lines = panels.setdefault((sweep, row["direction"]), {})
+        lines.setdefault(row["provider"], {})[amount] = row["median_ms"]
+        if row["provider"] == "ours":
+            lines.setdefault("floor", {})[amount] = row["floor_ms"]
+    units = {"rois": "RoIs", "channels": "channels", "map": "image, pixels", "image": "image, pixels"}
+    sweeps = list(dict.fromkeys(sweep for sweep, _ in panels))
+    figure, axes = plt.subplots(
+        len(DIRECTIONS), len(sweeps), figsize=(3.2 * len(sweeps), 6.4), layout="constrained", squeeze=False
+    )
+    for column, sweep in enumerate(sweeps):
+        for row_, direction in enumerate(DIRECTIONS):
+            ax = axes[row_, column]
+            for name in (*providers_of(report), "floor"):
+                line = panels.get((sweep, direction), {}).get(name, {})
+                style = {"color": "black", "ls": ":"} if name == "floor" else {"marker": "o", "ms": 4}
+                ax.plot(list(line), list(line.values()), label=name, **style)
+            ax.set(xscale="log", yscale="log", xlabel=units.get(sweep, "box side, pixels"))
+            ax.set_title(f"{direction}, {sweep.replace('_', ' ')}", size=10)
+            ax.grid(color="0.92")
+            ax.spines[["top", "right"]].set_visible(False)
+        axes[0, 0].set_ylabel("ms")
+        axes[1, 0].set_ylabel("ms")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
+    figure.supxlabel(machine_line(report), size=7)
+    figure.savefig(path, dpi=110)
+
+
+def plot_cases(report: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     groups = {key: rows for key, rows in grouped(report).items() if key[-1] in ("wall", "cold")}
@@ -391,10 +423,14 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    usual = [name for name in WORKLOADS if name != "many"]
+    swept = {name for sweep in SWEEPS.values() for name in sweep}
+    usual = [name for name in WORKLOADS if name != "many" and name not in swept]
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=usual)
-    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument(
+        "--workload", nargs="+", choices=WORKLOADS, default=usual, metavar="NAME", help=", ".join(usual)
+    )
+    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, help="vary one thing instead, nchw unless told")
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=None)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
     parser.add_argument("--provider", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
@@ -412,8 +448,11 @@ def main() -> int:
         return 0
 
     device = torch.device(options.device)
+    if options.sweep:
+        options.workload = [name for sweep in options.sweep for name in SWEEPS[sweep]]
     if options.quick:
         options.workload, options.layout = ["infer"], ["nchw"]
+    options.layout = options.layout or (["nchw"] if options.sweep else list(LAYOUTS))
     if options.rounds is None:
         options.rounds = 50 if device.type == "cuda" else 9
         options.rounds = 3 if options.quick else options.rounds
@@ -432,7 +471,8 @@ def main() -> int:
     print_table(report)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f"{device.type}-{report['machine']['date']}.json"
+        what = "-sweeps" if options.sweep else ""
+        path = options.out / f"{device.type}-{report['machine']['date']}{what}.json"
         path.write_text(json.dumps(report, indent=1) + "\n")
         print(f"\nWritten: {path}")
         if importlib.util.find_spec("matplotlib"):

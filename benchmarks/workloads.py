@@ -75,6 +75,7 @@ class Workload:
     output_size: int = 7
     sampling_ratio: int = 2
     aligned: bool = False
+    box_side: float | None = None  # pixels, of square boxes with their centres in the image; None: proposals
 
     @property
     def map_names(self) -> list[str]:
@@ -91,7 +92,15 @@ class Workload:
 
     def boxes(self, *, seed: int = 0) -> list[Tensor]:
         """One (rois_per_image, 4) tensor of image pixels for each image."""
-        return [proposals(self.rois_per_image, self.image_size, seed=seed + image) for image in range(self.num_images)]
+        return [self._boxes_of_image(seed + image) for image in range(self.num_images)]
+
+    def _boxes_of_image(self, seed: int) -> Tensor:
+        if self.box_side is None:
+            return proposals(self.rois_per_image, self.image_size, seed=seed)
+        height, width = self.image_size
+        centres = torch.rand(self.rois_per_image, 2, generator=torch.Generator().manual_seed(seed))
+        centres *= torch.tensor([width, height])
+        return torch.cat([centres - self.box_side / 2, centres + self.box_side / 2], dim=1)
 
     def features(
         self,
@@ -130,3 +139,21 @@ WORKLOADS = {
         sampling_ratio=0,
     ),
 }
+
+# One thing at a time against `infer`, or against `adaptive` where the name says so.
+SWEEPS: dict[str, dict[str, Workload]] = {
+    "rois": {f"rois={k}": Workload(f"{k} proposals", rois_per_image=k) for k in (1, 10, 100, 1000, 10_000)},
+    "channels": {f"channels={c}": Workload(f"{c} channels", channels=c) for c in (1, 4, 16, 64, 256, 1024)},
+    "map": {
+        f"image={h}x{w}": Workload(f"a pyramid over {h} x {w} pixels", image_size=(h, w))
+        for h, w in ((200, 336), (400, 672), (800, 1344), (1600, 2688))
+    },
+    "box": {
+        f"box={side}": Workload(f"boxes of {side} x {side} pixels", box_side=side) for side in (16, 64, 256, 1024, 4096)
+    },
+    "adaptive_box": {
+        f"adaptive_box={side}": Workload(f"the same, adaptive: {side} pixels", box_side=side, sampling_ratio=0)
+        for side in (16, 64, 256, 1024, 4096)
+    },
+}
+WORKLOADS |= {name: work for sweep in SWEEPS.values() for name, work in sweep.items()}
