@@ -202,7 +202,8 @@ class _RoIAlign(transforms.Function):
 
     @staticmethod
     def forward(boxes, levels, output_size, pooling, *features):
-        return _operators.roi_align_forward(list(features), boxes, levels, list(output_size), *pooling)  # tuples take 2 µs
+        # As lists, because tuples take 2 µs more to convert.
+        return _operators.roi_align_forward(list(features), boxes, levels, list(output_size), *pooling)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
