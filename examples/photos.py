@@ -14,6 +14,7 @@ In a file without `use`, a fifth of the images, drawn by the seed, is held out. 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -31,10 +32,10 @@ Target = dict[str, Tensor]
 
 SAMPLE = Path(__file__).with_name("photographs.json")
 USES = ("train", "held out", "both")
-# The side of a window, as a share of the photograph's longer side. Between the ranges of training lies
-# that of evaluation, so that no training crop shows an object at a size at which it is evaluated.
-TRAINING_SHARES = ((0.45, 0.70), (0.80, 1.10))
-HELD_OUT_SHARES = (0.72, 0.78)
+# The side of a window, as a share of that of a square of the photograph's area. Between the ranges of training
+# lies that of evaluation, so that no training crop shows an object at a size at which it is evaluated.
+TRAINING_SHARES = ((0.50, 0.75), (0.85, 1.20))
+HELD_OUT_SHARES = (0.77, 0.83)
 VIEWS = 8  # held-out crops of a photograph that is there for both
 VISIBLE = 0.4  # an object of which less is left in a window is not asked for
 SMALLEST = 4  # pixels of a crop; narrower objects are not asked for either
@@ -224,9 +225,9 @@ def crop(photo: Photo, window: tuple[float, float, float], mirrored: bool, size:
 
 
 def _window(photo: Photo, share: float, draw: random.Random) -> tuple[float, float, float]:
-    """A square of that share of the longer side: within the photograph where it fits, else around it."""
+    """A square, see TRAINING_SHARES: within the photograph where it fits, else around it."""
     x1, y1, x2, y2 = photo.region
-    side = share * max(x2 - x1, y2 - y1)
+    side = share * math.sqrt((x2 - x1) * (y2 - y1))
     return draw.uniform(x1, x2 - side), draw.uniform(y1, y2 - side), side
 
 

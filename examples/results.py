@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
-SHOWN_SCORE = 0.5  # detections in the picture
+SHOWN_SCORE = 0.6  # detections in the picture
 COLOURS = plt.get_cmap("tab20").colors
 
 
@@ -64,7 +64,7 @@ def average_precision(
 
 def draw(path: Path, crops: list, detections: list, data: photos.Data, state: dict[str, Any]) -> None:
     """Losses and AP on the left, held-out crops with what was found on the right."""
-    figure = plt.figure(figsize=(20, 10.4), facecolor="white")
+    figure = plt.figure(figsize=(20, 9.1), facecolor="white")
     left, right = figure.add_gridspec(
         1, 2, width_ratios=[1, 2.55], wspace=0.03, left=0.04, right=0.995, top=0.94, bottom=0.03
     )

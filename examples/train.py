@@ -95,7 +95,7 @@ class Detector(nn.Module):
             # Half the usual scale: crops are a third of the size that 224 was chosen for.
             MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2, canonical_scale=112),
             TwoMLPHead(CHANNELS * 7 * 7, 256),
-            FastRCNNPredictor(256, num_classes),
+            FastRCNNPredictor(256, num_classes, class_agnostic=True),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
             batch_size_per_image=64,
