@@ -17,7 +17,6 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 Target = dict[str, Tensor]
+Window = tuple[float, float, float]  # x, y and side of a square in pixels of the file
 
 SAMPLE = Path(__file__).with_name("photographs.json")
 USES = ("train", "held out", "both")
@@ -56,6 +56,9 @@ class Photo:
     labels: Tensor  # (G,) from 1, background being 0
     crowd: Tensor  # (G,) bool: a region of many objects that are not told apart
     use: str = "both"
+
+
+View = tuple[Photo, Window, bool]  # what is seen through a window, mirrored or not
 
 
 @dataclass(frozen=True)
@@ -187,12 +190,12 @@ def _pixels(path: Path, size: tuple[int, int]) -> Image.Image:
     return image
 
 
-def crop(photo: Photo, window: tuple[float, float, float], mirrored: bool, size: int) -> tuple[Tensor, Target]:
+def crop(photo: Photo, window: Window, mirrored: bool, size: int) -> tuple[Tensor, Target]:
     """What is seen through a window.
 
     Args:
         photo: with G objects.
-        window: x, y and side of a square in pixels of the file; it may reach beyond the photograph.
+        window: may reach beyond the photograph.
         mirrored: swap left and right.
         size: pixels to a side of the crop.
 
@@ -224,7 +227,7 @@ def crop(photo: Photo, window: tuple[float, float, float], mirrored: bool, size:
     return image, {key: value[visible > 0] for key, value in target.items()}
 
 
-def _window(photo: Photo, share: float, draw: random.Random) -> tuple[float, float, float]:
+def _window(photo: Photo, share: float, draw: random.Random) -> Window:
     """A square, see TRAINING_SHARES: within the photograph where it fits, else around it."""
     x1, y1, x2, y2 = photo.region
     side = share * math.sqrt((x2 - x1) * (y2 - y1))
@@ -249,15 +252,17 @@ def training_crop(data: Data, seed: int, step: int, sample: int, size: int) -> t
     return image, {key: target[key][kept] for key in ("boxes", "labels")}
 
 
-def held_out_crops(data: Data, size: int) -> Iterator[tuple[Tensor, Target]]:
-    """The crops for evaluation, the same in every run: of the sample VIEWS windows of a photograph, every other
+def held_out_views(data: Data) -> list[View]:
+    """What evaluation looks at, the same in every run: of the sample VIEWS windows of a photograph, every other
     one mirrored; of a data set whose images are held out by the seed, each image as a whole."""
+    views: list[View] = []
     for index, photo in enumerate(data.held_out):
         if photo.use == "":
             x1, y1, x2, y2 = photo.region
             side = max(x2 - x1, y2 - y1)
-            yield crop(photo, ((x1 + x2 - side) / 2, (y1 + y2 - side) / 2, side), False, size)
+            views.append((photo, ((x1 + x2 - side) / 2, (y1 + y2 - side) / 2, side), False))
             continue
         for view in range(VIEWS):
             draw = random.Random(f"held out {index} {view}")
-            yield crop(photo, _window(photo, draw.uniform(*HELD_OUT_SHARES), draw), view % 2 == 1, size)
+            views.append((photo, _window(photo, draw.uniform(*HELD_OUT_SHARES), draw), view % 2 == 1))
+    return views

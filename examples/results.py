@@ -21,7 +21,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
 SHOWN_SCORE = 0.6  # detections in the picture
-COLOURS = plt.get_cmap("tab20").colors
+ROWS, COLUMNS = 3, 5  # of crops in it
 
 
 def average_precision(
@@ -62,33 +62,47 @@ def average_precision(
     return {"AP50": mean(precision[0]), "AP": mean(precision), "by name": by_name}
 
 
-def draw(path: Path, crops: list, detections: list, data: photos.Data, state: dict[str, Any]) -> None:
+def in_words(result: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {in_digits(result[name])}" for name in ("AP50", "AP"))
+
+
+def by_name_in_words(result: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {in_digits(value)}" for name, value in result["by name"].items())
+
+
+def in_digits(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f}"
+
+
+def shown(count: int) -> list[int]:
+    """Which of `count` crops the picture has: as many as it has places, spread over all."""
+    pictures = min(count, ROWS * COLUMNS)
+    return [i * count // pictures for i in range(pictures)]
+
+
+Crop = tuple[Tensor, photos.Target, dict[str, Tensor]]  # image (3, S, S), what is to be found, what is found
+
+
+def draw(path: Path, crops: Sequence[Crop], names: Sequence[str], state: dict[str, Any]) -> None:
     """Losses and AP on the left, held-out crops with what was found on the right."""
     figure = plt.figure(figsize=(20, 9.1), facecolor="white")
-    left, right = figure.add_gridspec(
-        1, 2, width_ratios=[1, 2.55], wspace=0.03, left=0.04, right=0.995, top=0.94, bottom=0.03
+    left, right = (
+        figure.add_gridspec(1, 1, left=x1, right=x2, top=0.94, bottom=y1)[0]
+        for x1, x2, y1 in ((0.05, 0.255, 0.065), (0.295, 0.995, 0.012))
     )
-    upper, lower = left.subgridspec(2, 1, hspace=0.25).subplots()
+    upper, lower = left.subgridspec(2, 1, hspace=0.2).subplots()
     draw_losses(upper, state)
-    draw_by_name(lower, state["evaluations"][-1])
-    for cell, index in zip(right.subgridspec(3, 5, wspace=0.03, hspace=0.03).subplots().flat, shown(len(crops), 15)):
-        draw_crop(cell, *crops[index], detections[index], data.names)
-    figure.text(
-        0.65,
-        0.965,
-        f"Held-out crops: what was found with a score above {SHOWN_SCORE}, ground truth dashed",
-        size=16,
-        ha="center",
-        va="center",
-    )
+    draw_by_name(lower, state["evaluations"][-1], names)
+    cells = right.subgridspec(ROWS, COLUMNS, wspace=0.03, hspace=0.03).subplots().ravel()
+    for cell in cells:
+        cell.set_axis_off()
+    for cell, crop in zip(cells, crops):
+        draw_crop(cell, *crop, names)
+    title = f"Held-out crops: what is found with a score above {SHOWN_SCORE}; dashed, what was to be found"
+    figure.text(0.645, 0.97, title, size=16, ha="center", va="center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
     plt.close(figure)
-
-
-def shown(count: int, wanted: int) -> list[int]:
-    """Indices spread over all crops."""
-    return [i * count // min(count, wanted) for i in range(min(count, wanted))]
 
 
 def draw_losses(axes: Axes, state: dict[str, Any]) -> None:
@@ -105,26 +119,36 @@ def draw_losses(axes: Axes, state: dict[str, Any]) -> None:
     other.set_ylabel("AP50 on held-out crops", color="#d1495b")
 
 
-def draw_by_name(axes: Axes, evaluation: dict[str, Any]) -> None:
-    bars = {name: value for name, value in evaluation["by name"].items() if value is not None}
-    axes.barh(list(bars), list(bars.values()), color=[COLOURS[i % 20] for i in range(len(bars))])
-    axes.set(xlim=(0, 1), xlabel="AP50 by class")
+def draw_by_name(axes: Axes, evaluation: dict[str, Any], names: Sequence[str]) -> None:
+    by_name = evaluation["by name"]
+    known = [label for label in range(1, len(names)) if by_name[names[label]] is not None][::-1]
+    axes.barh(
+        [names[label] for label in known],
+        [by_name[names[label]] for label in known],
+        color=[colour_of(label) for label in known],
+    )
+    axes.set(xlim=(0, 1), xlabel=f"AP50 by class; {in_words(evaluation)}")
 
 
-def draw_crop(axes: Axes, image: Tensor, target: photos.Target, found: dict[str, Tensor], names: list[str]) -> None:
-    axes.imshow(image.permute(1, 2, 0).numpy(), extent=(0, image.shape[2], image.shape[1], 0))
-    axes.set_axis_off()
+def draw_crop(axes: Axes, image: Tensor, target: photos.Target, found: dict[str, Tensor], names: Sequence[str]) -> None:
+    height, width = image.shape[1:]
+    axes.imshow(image.permute(1, 2, 0).numpy(), extent=(0, width, height, 0))
+    axes.set(xlim=(0, width), ylim=(height, 0))
     for box in target["boxes"][~target["crowd"]].tolist():
-        axes.add_patch(Rectangle(box[:2], box[2] - box[0], box[3] - box[1], fill=False, ec="white", lw=1, ls="--"))
-    for box, label, score in zip(found["boxes"].tolist(), found["labels"].tolist(), found["scores"].tolist()):
-        if score > SHOWN_SCORE:
-            colour = COLOURS[(label - 1) % 20]
-            axes.add_patch(Rectangle(box[:2], box[2] - box[0], box[3] - box[1], fill=False, ec=colour, lw=2))
-            axes.text(
-                box[0],
-                box[1],
-                f"{names[label]} {score:.2f}",
-                size=8,
-                va="top",
-                bbox={"fc": colour, "ec": "none", "pad": 1},
-            )
+        outline(axes, box, ec="white", lw=1, ls="--")
+    sure = found["scores"] > SHOWN_SCORE
+    rows = list(zip(*(found[key][sure].tolist() for key in ("boxes", "labels", "scores"))))
+    for box, label, _ in rows:
+        outline(axes, box, ec=colour_of(label), lw=2)
+    for (x1, y1, _, _), label, score in reversed(rows):  # the best is written last, over the others
+        name = {"boxstyle": "square,pad=0.1", "fc": colour_of(label), "ec": "none"}
+        axes.text(x1 + 2, max(y1 - 1, 10), f"{names[label]} {score:.2f}", size=8, bbox=name, clip_on=True)
+
+
+def outline(axes: Axes, box: Sequence[float], **style: Any) -> None:
+    x1, y1, x2, y2 = box
+    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **style))
+
+
+def colour_of(label: int) -> tuple[float, float, float]:
+    return plt.get_cmap("Set3").colors[(label - 1) % 12]

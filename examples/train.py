@@ -52,7 +52,6 @@ from roialign_ext.detection import BalancedPositiveNegativeSampler, FastRCNNPred
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of photographs, torchvision's
 CHANNELS = 64  # of the pyramid
 WARM_UP = 0.05  # share of the run in which the learning rate rises
-LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
 
 
 class SeededSampler(BalancedPositiveNegativeSampler):
@@ -105,8 +104,9 @@ class Detector(nn.Module):
             nms_thresh=0.5,
             detections_per_img=50,
         )
-        self.rpn.fg_bg_sampler = SeededSampler(64, 0.5)
-        self.roi_heads.fg_bg_sampler = SeededSampler(64, 0.25)
+        for stage in (self.rpn, self.roi_heads):
+            sampler = stage.fg_bg_sampler
+            stage.fg_bg_sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
 
@@ -122,9 +122,8 @@ class Detector(nn.Module):
         detections, losses = self.roi_heads(features, proposals, sizes, targets)
         if not self.training:
             return detections
-        losses |= rpn_losses
         shares = share_of_samples([self.rpn.fg_bg_sampler.taken, self.roi_heads.fg_bg_sampler.taken], images.device)
-        return {name: losses[name] * shares[i // 2] for i, name in enumerate(LOSSES)}
+        return {name: loss * share for part, share in zip((rpn_losses, losses), shares) for name, loss in part.items()}
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -157,13 +156,13 @@ def backward(model: nn.Module, batch: Batch, device: torch.device) -> dict[str, 
     """Leave the gradients of the joint batch of all processes in the parameters; returns its losses."""
     images, targets, seeds = batch
     targets = [{key: value.to(device) for key, value in target.items()} for target in targets]
-    losses = torch.stack(list(model(images.to(device), targets, seeds).values()))
-    losses.sum().backward()
-    losses = losses.detach()
+    losses = model(images.to(device), targets, seeds)
+    sum(losses.values()).backward()
+    values = torch.stack(list(losses.values())).detach()
     if distributed.is_initialized():
-        distributed.all_reduce(losses)
-        losses /= distributed.get_world_size()
-    return dict(zip(LOSSES, losses.tolist()))
+        distributed.all_reduce(values)
+        values /= distributed.get_world_size()
+    return dict(zip(losses, values.tolist()))
 
 
 def learning_rate(peak: float, done: float) -> float:
@@ -189,11 +188,11 @@ def train(
     data: photos.Data,
     options: argparse.Namespace,
     state: dict[str, Any],
-    pause: Callable[[], None],
+    pause: Callable[[], object],
 ) -> None:
     """Train to the end from `state`: the step, the seconds so far and the losses of every step; updated in place.
 
-    Calls `pause` after every `options.every` steps and at the end, in the first process only.
+    Calls `pause` after every `options.every` steps but the last, in the first process only.
     """
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     device = next(model.parameters()).device
@@ -215,12 +214,11 @@ def train(
         state["losses"].append(losses)
         if rank == 0:
             show_progress(done, state, options)
-            if state["step"] % options.every == 0:
+            if state["step"] % options.every == 0 and state["step"] < options.steps:
                 pause()
                 model.train()
-    if rank == 0:
+    if rank == 0 and sys.stderr.isatty():
         print(file=sys.stderr)
-        pause()
 
 
 def show_progress(done: float, state: dict[str, Any], options: argparse.Namespace) -> None:
@@ -239,13 +237,19 @@ def show_progress(done: float, state: dict[str, Any], options: argparse.Namespac
 
 
 @torch.no_grad()
-def detect(detector: Detector, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+def detect(
+    detector: Detector, views: Sequence[photos.View], size: int
+) -> tuple[list[photos.Target], list[dict[str, Tensor]]]:
+    """What is to be found on each view, and what the detector finds."""
     detector.eval()
     device = detector.mean.device
-    detections = []
-    for start in range(0, len(images), 8):
-        detections += detector(torch.stack(list(images[start : start + 8])).to(device))
-    return [{key: value.cpu() for key, value in found.items()} for found in detections]
+    targets: list[photos.Target] = []
+    found: list[dict[str, Tensor]] = []
+    for start in range(0, len(views), 8):  # so that only a few are in memory
+        crops = [photos.crop(*view, size) for view in views[start : start + 8]]
+        targets += [target for _, target in crops]
+        found += detector(torch.stack([image for image, _ in crops]).to(device))
+    return targets, [{key: value.cpu() for key, value in detections.items()} for detections in found]
 
 
 CONTINUED = ("images", "annotations", "steps", "seconds", "batch", "size", "lr", "seed", "every")
@@ -264,52 +268,42 @@ def save(
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", help="folder of your photographs")
-    parser.add_argument("--annotations", help="their boxes, in COCO's format")
-    parser.add_argument("--steps", type=int, help="default 600, or as many as --seconds allow")
+    parser.add_argument("--images", type=os.path.abspath, help="folder of your photographs")
+    parser.add_argument("--annotations", type=os.path.abspath, help="their boxes, in COCO's format")
+    parser.add_argument("--steps", type=int, help="default 450, or as many as --seconds allow")
     parser.add_argument("--seconds", type=float, help="stop after this time")
     parser.add_argument("--batch", type=int, default=4, help="crops of a step, of all processes together")
     parser.add_argument("--size", type=int, default=256, help="pixels to a side of a crop")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every", type=int, default=100, help="steps from one evaluation and checkpoint to the next")
+    parser.add_argument("--every", type=int, default=150, help="steps from one evaluation and checkpoint to the next")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--out", type=Path, default=Path("train_output"), help="folder for checkpoint, losses and picture"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue the run whose checkpoint is in --out, with its options"
-    )
+    parser.add_argument("--out", type=Path, default=Path("train_output"), help="folder to write")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out, with its options")
     options = parser.parse_args(arguments)
     if (options.images is None) != (options.annotations is None):
         parser.error("--images and --annotations go together")
     if options.steps is None:
-        options.steps = 10**9 if options.seconds else 600
+        options.steps = 10**9 if options.seconds else 450
+    for name, least in (("steps", 1), ("batch", 1), ("size", 64), ("every", 1)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
     return options
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
-    rank, world, local = (
-        int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+def run(options: argparse.Namespace) -> None:
+    rank, world, local = (int(os.environ.get(key, 0)) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device(options.device, local) if options.device == "cuda" else torch.device(options.device)
-    checkpoint = options.out / "checkpoint.pt"
-    saved = None
+    checkpoint, saved = options.out / "checkpoint.pt", None
     if options.resume:
         if not checkpoint.exists():
             sys.exit(f"train.py: nothing to resume: {checkpoint} does not exist")
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
         vars(options).update(saved["options"])
-    if options.batch % world != 0:
+    if options.batch % max(world, 1) != 0:
         sys.exit(f"train.py: --batch must be a multiple of the {world} processes, got {options.batch}")
-    try:
-        data = photos.load(
-            options.images and Path(options.images), options.annotations and Path(options.annotations), options.seed
-        )
-        crops = list(photos.held_out_crops(data, options.size)) if rank == 0 else []
-    except photos.DataError as error:
-        sys.exit(f"train.py: {error}")
+    data = photos.load(options.images, options.annotations, options.seed)
+    views = photos.held_out_views(data)
     if world > 1:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -321,23 +315,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         detector.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
+    if rank == 0:
+        size = sum(p.numel() for p in detector.parameters()) / 1e6
+        print(f"{len(data.train)} photographs to train on, {len(views)} held-out crops, {len(data.names) - 1} classes")
+        print(f"{size:.1f} million parameters on {device}, {max(world, 1)} processes", flush=True)
 
-    detections: list[dict[str, Tensor]] = []
-
-    def pause() -> None:
-        detections[:] = detect(detector, [image for image, _ in crops])
-        result = results.average_precision([target for _, target in crops], detections, data.names)
+    def pause() -> list[dict[str, Tensor]]:
+        targets, detections = detect(detector, views, options.size)
+        result = results.average_precision(targets, detections, data.names)
+        state["evaluations"] = [e for e in state["evaluations"] if e["step"] != state["step"]]
         state["evaluations"].append({"step": state["step"], **result})
         save(checkpoint, detector, optimizer, options, state)
-        print(f"\n  step {state['step']}: AP50 {result['AP50']:.3f}, AP {result['AP']:.3f} {state['seconds']:.0f}s")
+        print(f"step {state['step']}, {state['seconds']:.0f} s: {results.in_words(result)}", flush=True)
+        return detections
 
-    model = DistributedDataParallel(detector) if world > 1 else detector
-    train(model, optimizer, data, options, state, pause)
+    train(DistributedDataParallel(detector) if world > 1 else detector, optimizer, data, options, state, pause)
     if rank == 0:
-        print(json.dumps(state["evaluations"][-1], indent=1))
-        results.draw(options.out / "detections.png", crops, detections, data, state)
+        detections = pause()
+        (options.out / "history.json").write_text(json.dumps(state, indent=1))
+        crops = [(*photos.crop(*views[i], options.size), detections[i]) for i in results.shown(len(views))]
+        results.draw(options.out / "detections.png", crops, data.names, state)
+        print(f"AP50 by class: {results.by_name_in_words(state['evaluations'][-1])}")
+        print(f"Picture: {(options.out / 'detections.png').resolve()}")
     if world > 1:
         distributed.destroy_process_group()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        run(parse(arguments))
+    except photos.DataError as error:
+        sys.exit(f"train.py: {error}")
     return 0
 
 
