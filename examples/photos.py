@@ -69,7 +69,7 @@ class Data:
     dropped: int  # annotations without width or height, or outside of their image
 
 
-def load(images: Path | None = None, annotations: Path | None = None, seed: int = 0) -> Data:
+def load(images: Path | str | None = None, annotations: Path | str | None = None, seed: int = 0) -> Data:
     """Read a COCO file; without arguments the sample.
 
     Raises:
@@ -79,8 +79,13 @@ def load(images: Path | None = None, annotations: Path | None = None, seed: int 
         images, annotations = sample_folder(), SAMPLE
     assert images is not None
     document = _read(annotations)
-    labels, names = _categories(document, annotations)
-    photos, dropped = _photos(document, annotations, images, labels)
+    try:
+        labels, names = _categories(document, annotations)
+        photos, dropped = _photos(document, annotations, Path(images), labels)
+    except KeyError as error:
+        raise DataError(f"{annotations}: not in COCO's format: the key {error} is missing") from None
+    except (AttributeError, TypeError) as error:
+        raise DataError(f"{annotations}: not in COCO's format: {error}") from None
 
     if any(photo.use == "" for photo in photos):
         drawn = random.Random(f"split {seed}").sample(range(len(photos)), max(1, len(photos) // 5))
@@ -108,9 +113,9 @@ def sample_folder() -> Path:
     return Path(skimage.__file__).parent / "data"
 
 
-def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
+def _read(path: Path | str) -> dict[str, list[dict[str, Any]]]:
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(Path(path).read_text())
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     except ValueError as error:
@@ -121,7 +126,7 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
     return document
 
 
-def _categories(document: dict[str, Any], path: Path) -> tuple[dict[int, int], list[str]]:
+def _categories(document: dict[str, Any], path: Path | str) -> tuple[dict[int, int], list[str]]:
     """Labels 1, 2, ... by category id, in the order of the ids, which may have gaps; and their names."""
     names = {category["id"]: str(category["name"]) for category in document["categories"]}
     if not names:
@@ -132,7 +137,9 @@ def _categories(document: dict[str, Any], path: Path) -> tuple[dict[int, int], l
     ]
 
 
-def _photos(document: dict[str, Any], path: Path, folder: Path, labels: dict[int, int]) -> tuple[list[Photo], int]:
+def _photos(
+    document: dict[str, Any], path: Path | str, folder: Path, labels: dict[int, int]
+) -> tuple[list[Photo], int]:
     entries = document["images"]
     repeated = [key for key, count in Counter(entry["id"] for entry in entries).items() if count > 1]
     if repeated:
@@ -158,7 +165,14 @@ def _photos(document: dict[str, Any], path: Path, folder: Path, labels: dict[int
         use = entry.get("use", "")
         if use not in ("", *USES):
             raise DataError(f"{path}: image {entry['id']}: `use` must be one of {', '.join(USES)}, got {use!r}")
+        if not (width > 0 and height > 0):
+            raise DataError(f"{path}: image {entry['id']}: width and height must be positive, got {width} x {height}")
         found = objects[entry["id"]]
+        for a in found:
+            if len(a["bbox"]) != 4:
+                raise DataError(
+                    f"{path}: annotation {a.get('id')}: `bbox` must be x, y, width, height, got {a['bbox']}"
+                )
         boxes = torch.tensor([a["bbox"] for a in found], dtype=torch.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         boxes = _clipped(boxes, region)
@@ -186,7 +200,8 @@ def _pixels(path: Path, size: tuple[int, int]) -> Image.Image:
     except OSError as error:
         raise DataError(f"{path}: {error}") from None
     if image.size != size:
-        raise DataError(f"{path}: the file has {image.size} pixels, its annotations say {size}")
+        has, expected = (" x ".join(map(str, pair)) for pair in (image.size, size))
+        raise DataError(f"{path}: the file has {has} pixels, its annotations say {expected}")
     return image
 
 
@@ -218,7 +233,7 @@ def crop(photo: Photo, window: Window, mirrored: bool, size: int) -> tuple[Tenso
 
     boxes = _clipped(photo.boxes, seen)
     visible = (boxes[:, 2:] - boxes[:, :2]).prod(1) / (photo.boxes[:, 2:] - photo.boxes[:, :2]).prod(1)
-    boxes = (boxes - boxes.new_tensor([x, y, x, y])) * scale
+    boxes = ((boxes - boxes.new_tensor([x, y, x, y])) * scale).clamp(0, size)  # rounding may leave it
     if mirrored:
         image = image.flip(2)
         boxes = torch.stack([size - boxes[:, 2], boxes[:, 1], size - boxes[:, 0], boxes[:, 3]], 1)

@@ -7,11 +7,11 @@
 A ResNet-18 with a feature pyramid and torchvision's region proposal network, then the second stage of
 this package: `roialign_ext.detection.RoIHeads` on `roialign_ext.MultiScaleRoIAlign`.
 
-What the AP of the sample says. There are eight photographs, and a third of what is asked for was never seen:
-twelve of the 24 coins, and the right view of a stereo pair, motorcycle and wheels. The other objects exist once,
-so they are asked for on crops of photographs that were trained on, at sizes that were not. So it shows that
-the detector learns and finds what it learned, and nothing about other cats. Data sets given with
---annotations have a fifth of their images held out.
+What the AP of the sample says. Of the eight photographs no training crop shows one, the right view of a stereo pair
+with its motorcycle and wheels, nor twelve of the 24 coins of another. The other objects exist once, so they are
+looked for on crops of photographs that were trained on, at sizes that were not. So the number shows that the detector
+learns, and finds again what it learned; it says nothing about other cats. Data sets given with --annotations have a
+fifth of their images held out.
 
 One training, however it is run. Every random number is drawn from (seed, step, image), there is no batch
 normalisation, and losses are means over the samples of all processes, not means of means. So any number of
@@ -42,7 +42,7 @@ try:
     from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
     from torchvision.models.resnet import resnet18
 except ImportError as error:
-    sys.exit(f"train.py needs {error.name}, one of roialign_ext's demo dependencies: pip install 'roialign_ext[demo]'")
+    sys.exit(f"train.py needs {error.name or error}. All that it needs: pip install 'roialign_ext[demo]'")
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
