@@ -16,7 +16,8 @@ fifth of their images held out.
 One training, however it is run. Every random number is drawn from (seed, step, image), there is no batch
 normalisation, and losses are means over the samples of all processes, not means of means. So any number of
 processes takes the steps that one takes on the joint batch, up to rounding, and a run resumed from its checkpoint
-continues as if it had never stopped; on a CPU with the same number of threads, bit for bit.
+continues as if it had never stopped; on a CPU with the same number of threads, bit for bit. Only --seconds makes
+a run depend on the clock.
 """
 
 from __future__ import annotations
@@ -213,15 +214,16 @@ def train(
         state["seconds"] = time.perf_counter() - began
         state["losses"].append(losses)
         if rank == 0:
-            show_progress(done, state, options)
-            if state["step"] % options.every == 0 and state["step"] < options.steps:
+            pausing = state["step"] % options.every == 0 and state["step"] < options.steps
+            show_progress(done, state, options, end="\n" if pausing else "")
+            if pausing:
                 pause()
                 model.train()
     if rank == 0 and sys.stderr.isatty():
         print(file=sys.stderr)
 
 
-def show_progress(done: float, state: dict[str, Any], options: argparse.Namespace) -> None:
+def show_progress(done: float, state: dict[str, Any], options: argparse.Namespace, end: str) -> None:
     """A line that is rewritten on a terminal, a line now and then elsewhere."""
     terminal = sys.stderr.isatty()
     if not terminal and state["step"] % 50 != 0:
@@ -233,7 +235,7 @@ def show_progress(done: float, state: dict[str, Any], options: argparse.Namespac
         f"[{bar:<30}] step {state['step']}, loss {sum(recent) / len(recent):.3f}, "
         f"{state['step'] * options.batch / state['seconds']:.1f} images/s, {left:.0f} s left"
     )
-    print(f"\r{line}  " if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+    print(f"\r{line}  " if terminal else line, end=end if terminal else "\n", file=sys.stderr, flush=True)
 
 
 @torch.no_grad()
@@ -318,6 +320,8 @@ def run(options: argparse.Namespace) -> None:
     if rank == 0:
         size = sum(p.numel() for p in detector.parameters()) / 1e6
         print(f"{len(data.train)} photographs to train on, {len(views)} held-out crops, {len(data.names) - 1} classes")
+        if data.dropped:
+            print(f"{data.dropped} annotations have no area on their image and are left out")
         print(f"{size:.1f} million parameters on {device}, {max(world, 1)} processes", flush=True)
 
     def pause() -> list[dict[str, Tensor]]:
