@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Installed unless the environment has a torch and torchvision that fit.
 TORCH ?= torch==2.11.0 torchvision==0.26.0
+# Enough to see a detector learn, short enough to wait for.
+SECONDS_OF_TRAINING ?= 45
 LINTERS = ruff==0.17.6 mypy==2.4.1 clang-format==22.1.8
 
 RUN = $(VENV)/bin/python
@@ -16,6 +18,8 @@ C_FILES = $(shell find csrc tests/emulation -name '*.h' -o -name '*.cpp' -o -nam
 
 demo: $(VENV)/built.done $(VENV)/demo.done
 	$(RUN) examples/demo.py $(ARGS)
+	@echo; echo 'A detector trained for $(SECONDS_OF_TRAINING) seconds; three minutes of examples/train.py find more:'
+	$(RUN) examples/train.py --seconds $(SECONDS_OF_TRAINING) --out demo_output
 
 test: $(VENV)/built.done $(VENV)/test.done
 	$(RUN) -m pytest $(ARGS)
