@@ -74,7 +74,6 @@ __device__ bool touches(const RoI<acc_t>& roi, const Tile& tile) {
   return y.begin < tile.y + kTileY && y.end > tile.y && x.begin < tile.x + kTileX && x.end > tile.x;
 }
 
-constexpr int kWarp = 32;
 constexpr int kThreads = kWarp * kTileY;
 
 // Calls add(index of the RoI, first bin row, first bin column, weights along y, along x) for the RoIs that touch the
