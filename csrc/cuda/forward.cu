@@ -38,6 +38,8 @@ struct TapTable {
   Tap<acc_t> tap[kTileBins][2 * kRoundSamples];
   int count[kTileBins];
   int first, last;
+  Axis<acc_t> axis;
+  int64_t stride;  // from cell to cell: elements
 };
 
 // Bins per side of a tile where `bins` are cut into tiles as even as can be: 14 bins are two tiles of 7.
@@ -74,15 +76,13 @@ class Taps {
       if (thread_ == 0) {
         tile_.level = roi.level;
         tile_.image = roi.image;
+        tile_.y.axis = roi.y;
+        tile_.x.axis = roi.x;
+        tile_.y.stride = roi.level < 0 ? 0 : params.levels[roi.level].stride_h;
+        tile_.x.stride = roi.level < 0 ? 0 : params.levels[roi.level].stride_w;
       }
-      // Half a warp for two axes: the lanes differ in what they fill, not in what they execute.
-      const bool is_y = thread_ < kTileBins;
-      axis_ = is_y ? roi.y : roi.x;
-      stride_ = 0;
-      if (roi.level >= 0) {
-        stride_ = is_y ? params.levels[roi.level].stride_h : params.levels[roi.level].stride_w;
-        has_more = fill(0);
-      }
+      __syncwarp();
+      has_more = roi.level >= 0 && fill(0);
     }
     is_whole_ = !__syncthreads_or(has_more);
   }
@@ -90,24 +90,25 @@ class Taps {
   // Calls pool() with the tables of every pair of rounds: once, as a rule, and without another barrier.
   template <typename Pool>
   __device__ void for_each_round(Pool&& pool) {
-    bool more_y = true;
-    for (int round_y = 0; more_y; ++round_y) {
-      more_y = !is_whole_ && __syncthreads_or(thread_ < kTileBins && fill(round_y));
-      bool more_x = true;
-      for (int round_x = 0; more_x; ++round_x) {
-        more_x = !is_whole_ && __syncthreads_or(thread_ >= kTileBins && thread_ < kWarp && fill(round_x));
-        pool();
-        if (!is_whole_) {
-          __syncthreads();
-        }
-      }
+    if (is_whole_) {
+      pool();
+      return;
+    }
+    int round_y = 0, round_x = 0;
+    for (bool more_y = true; more_y;) {
+      const bool has_more = thread_ < kWarp && fill(thread_ < kTileBins ? round_y : round_x);
+      more_y = __syncthreads_or(has_more && thread_ < kTileBins);
+      const bool more_x = __syncthreads_or(has_more && thread_ >= kTileBins);
+      pool();
+      __syncthreads();
+      round_x = more_x ? round_x + 1 : 0;
+      round_y += !more_x;
+      more_y |= more_x;
     }
   }
 
  private:
   Tile<acc_t>& tile_;
-  Axis<acc_t> axis_;  // of this thread, one of warp 0
-  int64_t stride_;
   int thread_;
   bool is_whole_;
 
@@ -119,18 +120,20 @@ class Taps {
     if (thread_ >= 2 * kTileBins) {
       return false;
     }
+    // Half a warp for two axes: the lanes differ in what they fill, not in what they execute.
     TapTable<acc_t>& table = is_y ? tile_.y : tile_.x;
+    const Axis<acc_t> axis = table.axis;
     int count = 0, first = INT_MAX, last = -1;
     bool has_more = false;
     if (bin < (is_y ? rows : columns)) {
       const int of_roi = (is_y ? first_p : first_q) + bin;
-      Range samples = samples_near(axis_, of_roi, 0, axis_.size - 1);
+      Range samples = samples_near(axis, of_roi, 0, axis.size - 1);
       // Rounds of a long range start where the one before ended; nothing overflows, a range is at most a map long.
       samples.begin = min(samples.begin + round * kRoundSamples, samples.end);
       has_more = samples.end - samples.begin > kRoundSamples;
       samples.end = min(samples.begin + kRoundSamples, samples.end);
-      for_each_tap(axis_, of_roi, samples, [&](int cell, acc_t weight) {
-        table.tap[bin][count] = {cell * stride_, weight};
+      for_each_tap(axis, of_roi, samples, [&](int cell, acc_t weight) {
+        table.tap[bin][count] = {cell * table.stride, weight};
         ++count;
         first = min(first, cell);
         last = cell;
@@ -161,8 +164,14 @@ __device__ acc_t value_without_map(int level) {
 // Neighbouring bins read few cells twice, and those from the cache.
 constexpr int kInFlight = 4;
 
+// Blocks that a multiprocessor must be able to hold. Two leave the compiler room, and a block of seven warps then still
+// fits three times; doubles take what they need, or they spill.
+template <typename acc_t>
+constexpr int kBlocks = sizeof(acc_t) == 4 ? 2 : 1;
+
 template <typename Params, int kVec>
-__global__ void __launch_bounds__(kWarp* kTileBins) roi_align_forward_channels_last_kernel(Params params) {
+__global__ void __launch_bounds__(kWarp* kTileBins, kBlocks<typename Params::acc_t>)
+    roi_align_forward_channels_last_kernel(Params params) {
   using scalar_t = typename Params::scalar_t;
   using acc_t = typename Params::acc_t;
   __shared__ Tile<acc_t> tile;
@@ -191,7 +200,7 @@ __global__ void __launch_bounds__(kWarp* kTileBins) roi_align_forward_channels_l
       for (int i = 0; i < tile.y.count[p]; ++i) {
         const auto [row, weight_y] = tile.y.tap[p][i];
         for (int j = 0; j < tile.x.count[q]; j += kInFlight) {
-          Vec<scalar_t, kVec> cells[kInFlight];
+          Word<sizeof(scalar_t) * kVec> cells[kInFlight];
 #pragma unroll
           for (int u = 0; u < kInFlight; ++u) {
             if (j + u < tile.x.count[q]) {
@@ -202,9 +211,10 @@ __global__ void __launch_bounds__(kWarp* kTileBins) roi_align_forward_channels_l
           for (int u = 0; u < kInFlight; ++u) {
             if (j + u < tile.x.count[q]) {
               const acc_t weight = weight_y * tile.x.tap[q][j + u].weight;
+              const auto cell = values_of<scalar_t>(cells[u]);
 #pragma unroll
               for (int v = 0; v < kVec; ++v) {
-                sums[v] += weight * static_cast<acc_t>(cells[u].value[v]);
+                sums[v] += weight * static_cast<acc_t>(cell.value[v]);
               }
             }
           }
@@ -225,7 +235,7 @@ __global__ void __launch_bounds__(kWarp* kTileBins) roi_align_forward_channels_l
   }
 }
 
-// NCHW:  warp → channels of the slice, 1, 2 or 4 at a time, the more the narrower the RoI
+// NCHW:  warp → channels of the slice, one at a time or, where the RoI is narrow, two side by side
 //        lane → column of the map in the first pass, column and row of bins in the second
 //
 //     map, rows of the RoI                 shared memory, a line per bin row           bins
@@ -238,70 +248,88 @@ __global__ void __launch_bounds__(kWarp* kTileBins) roi_align_forward_channels_l
 // wider takes windows of 32 columns.
 constexpr int kWarps = 8;
 constexpr int kSlice = 64;                   // channels of a block: 8 for each warp, to outweigh filling the tables
-constexpr int kMaxPack = 4;                  // channels of a warp at a time
+constexpr int kMaxPack = 2;                  // channels side by side in a warp
 constexpr int kBinRows = kWarp / kTileBins;  // rows of bins that a warp finishes at a time
 
 template <typename Params>
-__global__ void __launch_bounds__(kWarp* kWarps) roi_align_forward_kernel(Params params) {
+__global__ void __launch_bounds__(kWarp* kWarps, sizeof(typename Params::acc_t) == 4 ? 3 : 1)
+    roi_align_forward_kernel(Params params) {
   using scalar_t = typename Params::scalar_t;
   using acc_t = typename Params::acc_t;
+  constexpr int kDeep = 8 / sizeof(acc_t);  // channels of a lane at a time: their loads overlap
+  constexpr int kMaxLines = kDeep * kMaxPack * kTileBins;
+  constexpr int kSums = kMaxLines / kBinRows;
   // A line holds `width` columns and one unused, which spreads the lines over the banks.
-  constexpr int kLines = kMaxPack * kTileBins * (kWarp / kMaxPack + 1);
+  __shared__ acc_t lines_of_warps[kWarps][kMaxLines * (kWarp / kMaxPack + 1)];
+  __shared__ int64_t bins_of_line[kMaxLines];  // (channel, p) of a line → offset of its first bin
   __shared__ Tile<acc_t> tile;
-  __shared__ acc_t lines_of_warps[kWarps][kLines];
-  __shared__ int64_t bins_of_line[kMaxPack * kTileBins];  // (channel, p) of a line → offset of its first bin
 
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   Taps<Params> taps(params, tile, thread);
-  const int64_t plane = int64_t(params.bins_y) * params.bins_x;  // bins of a channel
-  const int first_channel = blockIdx.y * kSlice;
-  const int end_channel = min(first_channel + kSlice, params.num_channels);
   const bool has_map = tile.level >= 0;
   const auto& level = params.levels[has_map ? tile.level : 0];
-
   const int extent = has_map ? tile.x.last - tile.x.first + 1 : kWarp;
-  const int width = extent <= kWarp / 4 ? kWarp / 4 : extent <= kWarp / 2 ? kWarp / 2 : kWarp;
-  const int pack = kWarp / width;
-  const int num_lines = pack * taps.rows;
-  if (thread < num_lines) {
+  const int width = extent <= kWarp / 2 ? kWarp / 2 : kWarp;
+  const int pack = kWarp / width, channels = kDeep * pack;  // of a warp at a time
+  const int64_t plane = int64_t(params.bins_y) * params.bins_x;
+  if (thread < channels * taps.rows) {
     bins_of_line[thread] = thread / taps.rows * plane + (taps.first_p + thread % taps.rows) * int64_t(params.bins_x);
   }
   __syncthreads();
 
+  const int first_channel = blockIdx.y * kSlice;
+  const int end_channel = min(first_channel + kSlice, params.num_channels);
   const int q = lane % kTileBins;
   acc_t* lines = lines_of_warps[warp];
-  for (int channel = first_channel + warp * pack; channel - warp * pack < end_channel; channel += kWarps * pack) {
-    acc_t sums[kMaxPack * kTileBins / kBinRows];  // of bins (kBinRows * r + lane / kTileBins, q)
+  for (int base = first_channel; base < end_channel; base += kWarps * channels) {
+    const int channel = base + warp * channels;
+    const int num_lines = min(channels, end_channel - channel) * taps.rows;  // <= 0: nothing for this warp
+    acc_t sums[kSums];  // of bins (kBinRows * r + lane / kTileBins, q)
 #pragma unroll
-    for (int r = 0; r < kMaxPack * kTileBins / kBinRows; ++r) {
+    for (int r = 0; r < kSums; ++r) {
       sums[r] = value_without_map<acc_t>(tile.level);
     }
     const auto pool = [&] {
-      if (channel >= end_channel) {
+      if (num_lines <= 0) {
         return;
       }
-      const bool is_reader = channel + lane / width < end_channel;
-      const scalar_t* map = level.map + tile.image * level.stride_n + (channel + lane / width) * level.stride_c;
+      // Lanes past the RoI or the slice read what the last one does, and nobody reads their sums.
+      const int own = min(channel + lane / width, end_channel - 1);
+      const int64_t next = own + pack < end_channel ? pack * level.stride_c : 0;  // to the lane's second channel
+      const scalar_t* map = level.map + tile.image * level.stride_n + own * level.stride_c;
       for (int first = tile.x.first; first <= tile.x.last; first += width) {
-        const int x = first + lane % width;
-        for (int p = 0; p < taps.rows; ++p) {
-          acc_t sum = acc_t(0);
-          for (int i = 0; i < tile.y.count[p]; i += kInFlight) {
-            acc_t cells[kInFlight];
+        const scalar_t* column = map + min(first + lane % width, tile.x.last);
+        acc_t* line = lines + lane / width * taps.rows * (width + 1) + lane % width;
+        for (int p = 0; p < taps.rows; ++p, line += width + 1) {
+          const int count = tile.y.count[p];
+          acc_t line_sums[kDeep] = {};
+          for (int i = 0; i < count; i += kInFlight) {
+            Word<sizeof(scalar_t)> cells[kInFlight][kDeep];
 #pragma unroll
             for (int u = 0; u < kInFlight; ++u) {
-              const bool is_tap = i + u < tile.y.count[p] && is_reader && x <= tile.x.last;
-              cells[u] =
-                  is_tap ? static_cast<acc_t>(load<1>(map + x + tile.y.tap[p][i + u].offset).value[0]) : acc_t(0);
+              if (i + u < count) {
+                const scalar_t* cell = column + tile.y.tap[p][i + u].offset;
+#pragma unroll
+                for (int d = 0; d < kDeep; ++d) {
+                  cells[u][d] = load<1>(cell + d * next);
+                }
+              }
             }
 #pragma unroll
             for (int u = 0; u < kInFlight; ++u) {
-              if (i + u < tile.y.count[p]) {
-                sum += tile.y.tap[p][i + u].weight * cells[u];
+              if (i + u < count) {
+#pragma unroll
+                for (int d = 0; d < kDeep; ++d) {
+                  line_sums[d] +=
+                      tile.y.tap[p][i + u].weight * static_cast<acc_t>(values_of<scalar_t>(cells[u][d]).value[0]);
+                }
               }
             }
           }
-          lines[(lane / width * taps.rows + p) * (width + 1) + lane % width] = sum;
+#pragma unroll
+          for (int d = 0; d < kDeep; ++d) {
+            line[d * pack * taps.rows * (width + 1)] = line_sums[d];
+          }
         }
         __syncwarp();
         for (int j = 0; q < taps.columns && j < tile.x.count[q]; ++j) {
@@ -311,7 +339,7 @@ __global__ void __launch_bounds__(kWarp* kWarps) roi_align_forward_kernel(Params
           }
           const acc_t* cell = lines + lane / kTileBins * (width + 1) + (static_cast<int>(column) - first);
 #pragma unroll
-          for (int r = 0; r < kMaxPack * kTileBins / kBinRows; ++r) {
+          for (int r = 0; r < kSums; ++r) {
             if (r * kBinRows + lane / kTileBins < num_lines) {
               sums[r] += weight * cell[r * kBinRows * (width + 1)];
             }
@@ -323,12 +351,11 @@ __global__ void __launch_bounds__(kWarp* kWarps) roi_align_forward_kernel(Params
     if (has_map) {
       taps.for_each_round(pool);
     }
-    const int lines_to_store = min(pack, end_channel - channel) * taps.rows;
     scalar_t* bins = params.pooled + (int64_t(blockIdx.x) * params.num_channels + channel) * plane + taps.first_q + q;
 #pragma unroll
-    for (int r = 0; r < kMaxPack * kTileBins / kBinRows; ++r) {
+    for (int r = 0; r < kSums; ++r) {
       const int line = r * kBinRows + lane / kTileBins;
-      if (q < taps.columns && line < lines_to_store) {
+      if (q < taps.columns && line < num_lines) {
         store<1>(bins + bins_of_line[line], Vec<scalar_t, 1>{static_cast<scalar_t>(sums[r])});
       }
     }

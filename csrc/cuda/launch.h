@@ -51,12 +51,15 @@ using Word = std::conditional_t<
     kBytes == 16, uint4,
     std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, unsigned int, unsigned short>>>;
 
-// Reads what no thread of the launch writes, through the cache for such data.
+// Reads what no thread of the launch writes. As integers: to keep halves apart in registers costs an instruction each.
 template <int kVec, typename scalar_t>
-__device__ Vec<scalar_t, kVec> load(const scalar_t* address) {
-  using word_t = Word<sizeof(scalar_t) * kVec>;
-  const word_t word = __ldg(reinterpret_cast<const word_t*>(address));
-  Vec<scalar_t, kVec> values;
+__device__ Word<sizeof(scalar_t) * kVec> load(const scalar_t* address) {
+  return __ldg(reinterpret_cast<const Word<sizeof(scalar_t) * kVec>*>(address));
+}
+
+template <typename scalar_t, typename word_t>
+__device__ Vec<scalar_t, sizeof(word_t) / sizeof(scalar_t)> values_of(const word_t& word) {
+  Vec<scalar_t, sizeof(word_t) / sizeof(scalar_t)> values;
   memcpy(&values, &word, sizeof(word));
   return values;
 }
