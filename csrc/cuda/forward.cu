@@ -164,11 +164,6 @@ __device__ acc_t value_without_map(int level) {
 // Neighbouring bins read few cells twice, and those from the cache.
 constexpr int kInFlight = 4;
 
-// Blocks that a multiprocessor must be able to hold. Two leave the compiler room, and a block of seven warps then still
-// fits three times; doubles take what they need, or they spill.
-template <typename acc_t>
-constexpr int kBlocks = sizeof(acc_t) == 4 ? 2 : 1;
-
 template <typename Params, int kVec>
 __global__ void __launch_bounds__(kWarp* kTileBins, kBlocks<typename Params::acc_t>)
     roi_align_forward_channels_last_kernel(Params params) {

@@ -73,6 +73,11 @@ __device__ void store(scalar_t* address, const Vec<scalar_t, kVec>& values) {
   __stcs(reinterpret_cast<word_t*>(address), word);
 }
 
+// Blocks that a multiprocessor must be able to hold. Two leave the compiler room, and a block of seven warps then still
+// fits three times; doubles take what they need, or they spill.
+template <typename acc_t>
+constexpr int kBlocks = sizeof(acc_t) == 4 ? 2 : 1;
+
 #endif  // a compiler of kernels
 
 // Whether channels_last maps and bins can be accessed kVec channels at a time, from their addresses and strides.
