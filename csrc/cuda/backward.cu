@@ -98,22 +98,29 @@ __device__ inline unsigned short saturated(int64_t tile) {
   return static_cast<unsigned short>(min(tile, int64_t(65535)));
 }
 
+// Weights of a batch of RoIs: of bins in cells of the tile.
+template <typename acc_t, typename Shape>
+struct Weights {
+  acc_t fold[kBatch<acc_t>][kTileBins][Shape::kFold];
+  acc_t spread[kBatch<acc_t>][kTileBins][Shape::kSpread];
+};
+
 // What a block keeps in shared memory.
 template <typename acc_t, typename Shape, int kVec>
 struct Shared {
-  // RoIs of the share's image and level, in order (a grid has fewer than 2^31), and the positions among them of those that touch the tile.
+  // RoIs of the share's image and level, in order; a grid has fewer than 2^31. Then the positions among them of those
+  // that touch the tile.
   int roi[kCapacity];
   Bounds bounds[kCapacity];
   unsigned short near[kCapacity];
   int kept_by_warp[kThreads / kWarp];
-  // Weights of a batch of RoIs: of bins in cells of the tile.
-  acc_t fold[kBatch<acc_t>][kTileBins][Shape::kFold];
-  acc_t spread[kBatch<acc_t>][kTileBins][Shape::kSpread];
   unsigned char spread_bins[kBatch<acc_t>];  // a bit for each bin that touches the tile
   unsigned char fold_begin[kBatch<acc_t>][Shape::kFold], fold_end[kBatch<acc_t>][Shape::kFold];
-  // One cell per thread, for the sum over groups.
-  acc_t partial[kGroups - 1][kGroupThreads][kVec];
-  // Sums of the first group, kept between rounds of RoIs: in registers they would cost every launch a third of its warps.
+  union {
+    Weights<acc_t, Shape> weights;
+    acc_t partial[kGroups - 1][kGroupThreads][kVec];  // a cell of every thread, for the sum over groups
+  };
+  // Sums of the first group between rounds of RoIs: in registers they would be live while boxes are read.
   acc_t rounds[Shape::kSpread][kVec][kGroupThreads];
 };
 
@@ -302,7 +309,7 @@ class Gather {
       const int cells = is_y ? kY : kX;
       const int first_cell = is_y ? tile_y_ * kY : tile_x_ * kX;
       const int of_roi = (is_y ? first_p : first_q) + bin;
-      acc_t* weight = is_spread ? shared_.spread[i][bin] : shared_.fold[i][bin];
+      acc_t* weight = is_spread ? shared_.weights.spread[i][bin] : shared_.weights.fold[i][bin];
 #pragma unroll 1
       for (int cell = 0; cell < cells; ++cell) {
         weight[cell] = acc_t(0);
@@ -330,7 +337,7 @@ class Gather {
     if (i < batch) {
       int begin = 0, end = 0;
       for (int bin = kTileBins - 1; bin >= 0; --bin) {
-        if (shared_.fold[i][bin][cell] != acc_t(0)) {
+        if (shared_.weights.fold[i][bin][cell] != acc_t(0)) {
           begin = bin;
           end = max(end, bin + 1);
         }
@@ -340,26 +347,19 @@ class Gather {
     }
   }
 
-  // Loads the thread's channels of a bin: one word, or one each from as many planes.
-  template <typename word_t, int kWords>
-  __device__ void load_bin(const scalar_t* bin, int64_t plane, word_t (&words)[kWords]) const {
-#pragma unroll
-    for (int v = 0; v < kWords; ++v) {
-      if (kWords == 1 || channel_ + v < params_.num_channels) {
-        words[v] = load<sizeof(word_t) / sizeof(scalar_t)>(bin + v * plane);
-      }
-    }
-  }
-
   // Adds what a tile of the bins of one RoI contributes to the thread's cells.
   __device__ void add(int i, int64_t row, int first_p, int first_q, acc_t (&sums)[kSpread][kVec]) const {
     const int cell = fold_cell();
     const int begin = shared_.fold_begin[i][cell], end = shared_.fold_end[i][cell];
-    const int64_t channels = params_.num_channels, bins_x = params_.bins_x, plane = params_.bins_y * bins_x;
-    const scalar_t* grad = params_.pooled + row * channels * plane;  // of bin (first_p, first_q), the first channel
-    grad += kChannelsLast ? (first_p * bins_x + first_q) * channels + channel_
-                          : channel_ * plane + first_p * bins_x + first_q;
+    // A bin's channels are one word, or one each from as many planes; past the last plane the last one again.
+    constexpr int kWordChannels = kChannelsLast ? kVec : 1, kWords = kVec / kWordChannels;
+    const int last_word = kChannelsLast ? 0 : params_.num_channels - 1 - channel_;
+    const unsigned int plane = kChannelsLast ? 0 : params_.bins_y * params_.bins_x;
+    const int64_t channels = params_.num_channels, bins_x = params_.bins_x;
     const int64_t step_spread = kChannelsLast ? channels : bins_x, step_fold = kChannelsLast ? bins_x * channels : 1;
+    const scalar_t* grad = params_.pooled + row * channels * params_.bins_y * bins_x +  // of the RoI's first bin
+                           (kChannelsLast ? channel_ : channel_ * int64_t(plane)) +
+                           (first_p * bins_x + first_q) * (kChannelsLast ? channels : 1);
     if (channel_ >= params_.num_channels || begin == end) {
       return;
     }
@@ -369,29 +369,31 @@ class Gather {
       const scalar_t* folds = grad + bin * step_spread + begin * step_fold;
 #pragma unroll 1
       for (int f = begin; f < end; f += kInFlight, folds += kInFlight * step_fold) {
-        Word<kChannelsLast ? sizeof(scalar_t) * kVec : sizeof(scalar_t)> words[kInFlight][kChannelsLast ? 1 : kVec];
+        Word<sizeof(scalar_t) * kWordChannels> words[kInFlight][kWords];
 #pragma unroll
         for (int u = 0; u < kInFlight; ++u) {
-          if (f + u < end) {
-            load_bin(folds + u * step_fold, plane, words[u]);
+          // Past the last bin the last one again: to branch round a load costs more.
+          const scalar_t* values = folds + (f + u < end ? u * step_fold : 0);
+#pragma unroll
+          for (int w = 0; w < kWords; ++w) {
+            words[u][w] = load<kWordChannels>(values + min(w, last_word) * plane);
           }
         }
 #pragma unroll
         for (int u = 0; u < kInFlight; ++u) {
           if (f + u < end) {
-            const acc_t weight = shared_.fold[i][f + u][cell];
+            const acc_t weight = shared_.weights.fold[i][f + u][cell];
 #pragma unroll
             for (int v = 0; v < kVec; ++v) {
-              const scalar_t value = kChannelsLast ? values_of<scalar_t>(words[u][0]).value[v]
-                                                   : values_of<scalar_t>(words[u][kChannelsLast ? 0 : v]).value[0];
-              folded[v] += weight * static_cast<acc_t>(value);
+              const auto values = values_of<scalar_t>(words[u][v / kWordChannels]);
+              folded[v] += weight * static_cast<acc_t>(values.value[v % kWordChannels]);
             }
           }
         }
       }
 #pragma unroll
       for (int s = 0; s < kSpread; ++s) {
-        const acc_t weight = shared_.spread[i][bin][s];
+        const acc_t weight = shared_.weights.spread[i][bin][s];
         if (weight != acc_t(0)) {
 #pragma unroll
           for (int v = 0; v < kVec; ++v) {
