@@ -145,8 +145,10 @@ class Taps {
       first = min(first, __shfl_xor_sync(lanes, first, step, kTileBins));
       last = max(last, __shfl_xor_sync(lanes, last, step, kTileBins));
     }
-    table.first = first;
-    table.last = last;
+    if (bin == 0) {
+      table.first = first;
+      table.last = last;
+    }
     return has_more;
   }
 };
@@ -192,19 +194,20 @@ __global__ void __launch_bounds__(kWarp* kTileBins, kBlocks<typename Params::acc
       if (!is_owner) {
         return;
       }
-      for (int i = 0; i < tile.y.count[p]; ++i) {
+      const int count_y = tile.y.count[p], count_x = tile.x.count[q];
+      for (int i = 0; i < count_y; ++i) {
         const auto [row, weight_y] = tile.y.tap[p][i];
-        for (int j = 0; j < tile.x.count[q]; j += kInFlight) {
+        for (int j = 0; j < count_x; j += kInFlight) {
           Word<sizeof(scalar_t) * kVec> cells[kInFlight];
 #pragma unroll
           for (int u = 0; u < kInFlight; ++u) {
-            if (j + u < tile.x.count[q]) {
+            if (j + u < count_x) {
               cells[u] = load<kVec>(map + row + tile.x.tap[q][j + u].offset);
             }
           }
 #pragma unroll
           for (int u = 0; u < kInFlight; ++u) {
-            if (j + u < tile.x.count[q]) {
+            if (j + u < count_x) {
               const acc_t weight = weight_y * tile.x.tap[q][j + u].weight;
               const auto cell = values_of<scalar_t>(cells[u]);
 #pragma unroll
