@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import re
@@ -16,6 +15,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import gpu_parts
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 570  # for everything; a machine with a GPU is often lent for ten minutes
@@ -69,9 +70,13 @@ def steps(out: Path, quick: bool, rehearse: bool) -> list[Step]:
         plan.append(Step(tool, command, 90, caching, missing, summary(tool)))
     if rehearse:
         plan.append(Step("cases", part("cases"), 90, reads=summary("cases")))
+        plan.append(Step("work", part("work"), 120, reads=json_of("work")))
     plan += [
         Step("launches", part("launches"), 60, reads=json_of("launches")),
         Step("graphs", part("graphs"), 60, {}, no_gpu, json_of("graphs")),
+        Step("workloads", part("workloads"), 150, reads=json_of("workloads")),
+        Step("sweeps", part("sweeps"), 60, reads=json_of("sweeps")),
+        Step("second stage", part("second_stage"), 60, {}, no_gpu, json_of("second_stage")),
     ]
     bench = [python, "benchmarks/bench_roi_align.py", "--device", "cpu" if rehearse else "cuda", "--out", str(out)]
     bench += ["--quick"] if quick or rehearse else ["--dtype", "float32", "float16"]
@@ -173,13 +178,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON and the logs")
     parser.add_argument("--quick", action="store_true", help="fewest cases")
     parser.add_argument("--rehearse", action="store_true", help="no GPU: run what can be run without one")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=gpu_parts.PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     options = parser.parse_args()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if options.part:
-        found = PARTS[options.part](options.device)
+        found = gpu_parts.PARTS[options.part](options.device)
         (out / f"{options.part}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(found))
         return 0
@@ -214,157 +219,6 @@ def main() -> int:
     return int(
         any(r["result"] not in ("passed", "left out") for r in report["steps"]) or (left_out and not options.rehearse)
     )
-
-
-# ---- Parts that run in a process of their own, with the package built
-
-
-def _load(device: str) -> str:
-    """Import what a part needs; the device its tensors live on."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    if device != "emulated":
-        return device
-    import emulation
-
-    import roialign_ext.ops
-
-    roialign_ext.ops._operators = emulation.load()
-    return "cpu"
-
-
-def run_cases(device: str) -> dict[str, Any]:
-    """Small cases forward and backward, for compute-sanitizer to watch; their values are tested elsewhere."""
-    place = _load(device)
-    import oracles
-    import torch
-    from cases import CASE, DTYPES, LAYOUTS
-
-    names = [
-        "levels-3",
-        "across-the-border-adaptive-aligned",
-        "not-finite-fixed-legacy",
-        "huge-adaptive-legacy",
-        "padding",
-    ]
-    names += ["output-14x14", "channels-5", "channels-64", "seventeen-samples", "images-uneven", "map-of-one-cell"]
-    count = 0
-    for name in names:
-        for dtype in DTYPES.values():
-            for layout in ("contiguous", "channels_last"):
-                features = LAYOUTS[layout]([f.to(place) for f in CASE[name].features(dtype)])
-                inputs = [f.detach().requires_grad_() for f in features]
-                output = oracles.pool(CASE[name], inputs)
-                torch.autograd.grad(output, inputs, oracles.cotangent(CASE[name], dtype).to(place))
-                count += 1
-    if place == "cuda":
-        torch.cuda.synchronize()
-    return {"forward and backward": count}
-
-
-def _pyramid(place: str) -> tuple[dict[str, Any], list[Any], list[tuple[int, int]]]:
-    """A feature pyramid of two images and 200 boxes for each."""
-    import torch
-
-    torch.manual_seed(0)
-    maps = {
-        str(level): torch.randn(2, 16, 128 >> level, 160 >> level, device=place, requires_grad=True)
-        for level in range(4)
-    }
-    corners = torch.rand(2, 200, 4, device=place) * 200
-    boxes = [torch.cat([c[:, :2], c[:, :2] + 1 + c[:, 2:]], 1) for c in corners]
-    return maps, boxes, [(512, 640)] * 2
-
-
-def count_launches(device: str) -> dict[str, Any]:
-    """Launches, copies and synchronisations of a pooler call, ours and torchvision's, by torch's profiler."""
-    place = _load(device)
-    import torch
-    import torchvision
-    from torch.profiler import ProfilerActivity, profile
-
-    import roialign_ext
-
-    maps, boxes, shapes = _pyramid(place)
-    kinds = {
-        "launches": r"^cu(da)?LaunchKernel",
-        "copies": r"^cu(da)?Mem(cpy|set)",
-        "synchronisations": r"^cu(da)?(Device|Stream|Event|Ctx)Synchronize",
-    }
-
-    def counts(run: Callable[[], object]) -> dict[str, int]:
-        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if place == "cuda" else [])
-        with profile(activities=activities, acc_events=True) as profiled:
-            run()
-        events = profiled.key_averages()
-        return {kind: sum(e.count for e in events if re.search(name, e.key)) for kind, name in kinds.items()}
-
-    def pool(ops: Any) -> Any:
-        return ops.MultiScaleRoIAlign(list(maps), 7, 2)(maps, boxes, shapes)
-
-    def backward(output: Any) -> None:
-        torch.autograd.grad(output, list(maps.values()), weight)
-
-    weight = torch.ones_like(pool(roialign_ext))
-    found: dict[str, Any] = {}
-    for provider, ops in (("ours", roialign_ext), ("torchvision", torchvision.ops)):
-        backward(pool(ops))  # warm up
-        output = pool(ops)
-        nothing = counts(lambda: None)  # the profiler itself synchronises
-        found[f"{provider} forward"] = counts(functools.partial(pool, ops))
-        found[f"{provider} backward"] = counts(functools.partial(backward, output))
-        for direction in ("forward", "backward"):
-            measured = found[f"{provider} {direction}"]
-            found[f"{provider} {direction}"] = {kind: n - nothing[kind] for kind, n in measured.items()}
-    if place == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-        backward(pool(roialign_ext))
-        torch.cuda.set_sync_debug_mode("default")
-        assert found["ours forward"]["synchronisations"] == found["ours backward"]["synchronisations"] == 0, found
-    return found
-
-
-def replay_graphs(device: str) -> dict[str, Any]:
-    """Forward and backward captured in a CUDA graph, replayed with other maps and boxes: the bits of an eager call."""
-    place = _load(device)
-    import torch
-
-    import roialign_ext
-
-    def pool(maps: list[Any], rows: Any) -> Any:
-        return roialign_ext.multiscale_roi_align(maps, rows, 7, [0.25, 0.125, 0.0625, 0.03125], 2)
-
-    def both(maps: list[Any], rows: Any, weight: Any) -> list[Any]:
-        output = pool(maps, rows)
-        return [output, *torch.autograd.grad(output, maps, weight)]
-
-    found = {}
-    for dtype in (torch.float32, torch.float16):
-        pyramid, boxes, _ = _pyramid(place)
-        maps = [m.detach().to(dtype).requires_grad_() for m in pyramid.values()]
-        rows = torch.cat([torch.cat([torch.full_like(b[:, :1], i), b], 1) for i, b in enumerate(boxes)])
-        weight = torch.randn(len(rows), 16, 7, 7, device=place).to(dtype)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                both(maps, rows, weight)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = both(maps, rows, weight)
-        with torch.no_grad():
-            for tensor in [*maps, weight]:
-                tensor.normal_()
-            rows[:, 1:] += 7.5
-        graph.replay()
-        torch.cuda.synchronize()
-        eager = both(maps, rows, weight)
-        assert all(torch.equal(a, b) for a, b in zip(captured, eager)), f"a replay in {dtype} gives other values"
-        found[str(dtype)] = "replay equals eager"
-    return found
-
-
-PARTS = {"cases": run_cases, "launches": count_launches, "graphs": replay_graphs}
 
 
 if __name__ == "__main__":

@@ -190,6 +190,17 @@ struct RoI {
   Axis<acc_t> y, x;
 };
 
+// One axis of a row of `boxes` on the map of a level.
+template <typename Params>
+ROIALIGN_HOST_DEVICE Axis<typename Params::acc_t> axis_at(const Params& params, int64_t index, int level, bool is_y) {
+  using acc_t = typename Params::acc_t;
+  const auto* row = params.boxes + index * 5;
+  const auto& map = params.levels[level];
+  return to_map(acc_t(row[is_y ? 2 : 1]), acc_t(row[is_y ? 4 : 3]), acc_t(is_y ? map.scale_y : map.scale_x),
+                params.aligned, is_y ? params.bins_y : params.bins_x, params.sampling_ratio,
+                is_y ? map.height : map.width);
+}
+
 template <typename Params>
 ROIALIGN_HOST_DEVICE RoI<typename Params::acc_t> roi_at(const Params& params, int64_t index) {
   using acc_t = typename Params::acc_t;
@@ -216,11 +227,8 @@ ROIALIGN_HOST_DEVICE RoI<typename Params::acc_t> roi_at(const Params& params, in
   if (level == kEmptyRow) {
     return roi;
   }
-  const auto& map = params.levels[level];
-  roi.y = to_map(acc_t(y1), acc_t(y2), acc_t(map.scale_y), params.aligned, params.bins_y, params.sampling_ratio,
-                 map.height);
-  roi.x =
-      to_map(acc_t(x1), acc_t(x2), acc_t(map.scale_x), params.aligned, params.bins_x, params.sampling_ratio, map.width);
+  roi.y = axis_at(params, index, static_cast<int>(level), true);
+  roi.x = axis_at(params, index, static_cast<int>(level), false);
   if (roi.y.num_samples > 0 && roi.x.num_samples > 0) {
     roi.image = static_cast<int>(image);
     roi.level = static_cast<int>(level);

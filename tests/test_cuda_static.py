@@ -44,5 +44,13 @@ def test_channels_last_kernels_move_128_bits_at_a_time(kernels):
 
 
 def test_static_shared_memory_leaves_room_for_two_blocks(kernels):
-    # 48 KiB is the limit without opting in to more; half of it keeps two blocks on the smallest multiprocessor.
-    assert max(k.shared_bytes for k in kernels) <= 24 * 1024
+    # 48 KiB is the limit without opting in to more; two such blocks fit the 100 KiB of the smallest multiprocessor of
+    # compute capability 8 and above.
+    assert max(k.shared_bytes for k in kernels) <= 48 * 1024
+
+
+def test_enough_warps_fit_a_multiprocessor(kernels):
+    # 65,536 registers. Kernels that compute in float32 must leave room for two blocks of eight warps, or too few loads
+    # are in flight to hide the memory; those in float64 are bound by their arithmetic.
+    crowded = [k for k in kernels if k.registers > 128 and "double" not in k.name]
+    assert not crowded

@@ -71,6 +71,13 @@ class TestTheEmulator:
         error, sums = run("block_sum_without_barrier", self.SUMMANDS, 64)
         assert not error and (sums != self.SUMMANDS.view(64, 256).sum(1)).sum() > 32
 
+    def test_work_is_counted(self, run):
+        before = emulation.work(self_check())
+        run("block_sum", self.SUMMANDS, 64)
+        counts = {name: count - before[name] for name, count in emulation.work(self_check()).items()}
+        assert counts["lane_loads"] == 64 * 256 and counts["loaded_bytes"] == 4 * 64 * 256
+        assert counts["warp_loads"] == 64 * 8 and counts["barriers"] == 64 * 8 and counts["blocks"] == 64
+
     def test_a_missing_warp_barrier_shows(self, run):
         lanes = torch.arange(32.0)
         assert run("neighbour", lanes, 32)[1].tolist() == lanes.roll(-1).tolist()
@@ -265,42 +272,46 @@ def chosen(file: str, test: str, cases: str) -> list[str]:
 
 FEW = "levels-3 or images-uneven or output-14x14 or channels-5"
 SELECTIONS = {
-    "forward.cu": chosen("test_values.py", "test_values", f"{FEW} or seventeen-samples"),
-    "backward.cu": chosen("test_gradients.py", "test_gradients", FEW),
+    "forward.cu": chosen(
+        "test_values.py", "test_values", f"{FEW} or channels-64 or seventeen-samples or bins-far-larger"
+    ),
+    "backward.cu": chosen("test_gradients.py", "test_gradients", f"{FEW} or many-boxes-on-one-map"),
     "repeated": chosen("test_gradients.py", "test_from_run_to_run", "many-boxes"),
 }
 
 # Name: file, what stands in it, what the mutant has instead.
 WRONG = {
-    "level-too-fine": ("forward.cu", "params.levels[roi.level]", "params.levels[max(roi.level - 1, 0)]"),
-    "first-image-for-all": ("forward.cu", "roi.image * level.stride_n", "0 * level.stride_n"),
-    "next-column": ("forward.cu", "line + taps_x.cell[tile_q][j];", "line + taps_x.cell[tile_q][j] + 1;"),
-    "weight-of-neighbouring-bin": ("forward.cu", "* taps_x.weight[q][j]", "* taps_x.weight[q ^ 1][j]"),
+    "finest-level-for-all": ("forward.cu", "params.levels[has_map ? tile.level : 0]", "params.levels[0]"),
+    "first-image-for-all": ("forward.cu", "tile.image * level.stride_n", "0 * level.stride_n"),
+    "next-column": ("forward.cu", "min(first + lane % width, tile", "min(first + lane % width + 1, tile"),
+    "weight-of-neighbouring-bin": ("forward.cu", "weight_y * tile.x.tap[q][j", "weight_y * tile.x.tap[q ^ 1][j"),
     "rounds-overlap": ("forward.cu", "round * kRoundSamples", "round * (kRoundSamples - 1)"),
+    "windows-overlap": ("forward.cu", "column >= first + width", "column > first + width"),
+    "one-plane-for-two": ("forward.cu", "? pack * level.stride_c : 0", "? 0 : 0"),
+    "one-window": ("forward.cu", "first <= tile.x.last; first += width", "first <= tile.x.first; first += width"),
     "lane-counts-itself": ("backward.cu", "(1u << lane) - 1", "(2u << lane) - 1"),
-    "weights-not-zeroed": ("backward.cu", "weight[bin][i] = acc_t(0);", ";"),
-    "tile-misses-a-row": ("backward.cu", "y.end > tile.y &&", "y.end > tile.y + 4 &&"),
-    "any-level": ("backward.cu", "roi.level != tile.level ||", ""),
-    "weight-of-neighbouring-column": ("backward.cu", "weights_x.weight[q][tile_x]", "weights_x.weight[q][tile_x ^ 1]"),
-    "weight-of-neighbouring-row": ("backward.cu", "weight[p][threadIdx.y]", "weight[p][threadIdx.y ^ 1]"),
+    "weights-not-zeroed": ("backward.cu", "weight[cell] = acc_t(0);", ";"),
+    "tile-misses-a-row": ("backward.cu", "y <= bounds.last_y", "y < bounds.last_y"),
+    "any-level": ("backward.cu", "keep = roi.level == share_.level;", "keep = roi.level >= 0;"),
+    "weight-of-neighbouring-fold": ("backward.cu", "fold[i][f + u][cell]", "fold[i][f + u][cell ^ 1]"),
+    "weight-of-neighbouring-spread": ("backward.cu", "spread[i][bin][s]", "spread[i][bin][s ^ 1]"),
+    "last-bin-of-a-cell-left-out": ("backward.cu", "max(end, bin + 1)", "max(end, bin)"),
+    "last-group-left-out": ("backward.cu", "other < kGroups - 1", "other < kGroups - 2"),
+    "only-the-last-round": ("backward.cu", "is_first ? sums[s][v] : sum + sums[s][v]", "sums[s][v]"),
+    "weights-of-another-batch": ("backward.cu", "has_weights_ = is_one_batch;", "has_weights_ = true;"),
+    "a-turn-left-out": ("backward.cu", "turn % gridDim.y == blockIdx.y", "turn % gridDim.y + 1 == blockIdx.y"),
 }
 
 # These do no harm to the values; AddressSanitizer must see them.
 OUT_OF_BOUNDS = {
-    "reads-past-the-row": (
-        "forward.cu",
-        "const scalar_t* cell = line + taps_x.cell[tile_q][j];",
-        "const scalar_t* cell = line + taps_x.cell[tile_q][j];"
-        "(void)*reinterpret_cast<const volatile char*>(line + (num_channels - 1) * level.stride_c + level.width);",
-    ),
-    "reads-the-next-box": ("backward.cu", "candidate < params.num_rois &&", "candidate <= params.num_rois &&"),
+    "reads-past-the-row": ("forward.cu", "map + min(first + lane % width, tile.x.last)", "map + first + lane % width"),
+    "reads-the-next-box": ("backward.cu", "row < params_.num_rois &&", "row <= params_.num_rois &&"),
 }
 
 # The list of RoIs is packed in whatever order the threads come.
 UNORDERED = [
-    ("__shared__ int64_t kept[kThreads];", "__shared__ int64_t kept[kThreads]; __shared__ int taken;"),
-    ("if (lane == 0) {", "if (thread == 0) taken = 0; if (lane == 0) {"),
-    ("kept[before + __popc(votes & ((1u << lane) - 1))]", "kept[atomicAdd(&taken, 1)]"),
+    ("if (lane == 0) {", "__shared__ int taken; if (threadIdx.x == 0) taken = size; if (lane == 0) {"),
+    ("put(position);", "put(atomicAdd(&taken, 1));"),
 ]
 
 BARRIER = re.compile(r"__syncthreads\(\);|__syncwarp\(.*\);|__syncthreads_(?:or|and|count)\(")

@@ -11,6 +11,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 
 namespace roialign::cuda {
 
@@ -33,14 +34,51 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, cudaStream_t s
 
 #endif  // a compiler of kernels
 
-// Kernels say __launch_bounds__(threads, 1): left to choose the blocks per multiprocessor itself, ptxas 13.0 spills
-// in 10 of 50 to fit more.
-
 // Neighbouring values that a thread loads and stores at once.
 template <typename scalar_t, int kVec>
 struct alignas(sizeof(scalar_t) * kVec) Vec {
   scalar_t value[kVec];
 };
+
+#if defined(__CUDACC__) || defined(ROIALIGN_EXT_EMULATED)
+
+constexpr int kWarp = 32;
+constexpr unsigned int kWholeWarp = 0xffffffffu;
+
+// The integer that moves as many bytes in one instruction.
+template <int kBytes>
+using Word = std::conditional_t<
+    kBytes == 16, uint4,
+    std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, unsigned int, unsigned short>>>;
+
+// Reads what no thread of the launch writes. As integers: to keep halves apart in registers costs an instruction each.
+template <int kVec, typename scalar_t>
+__device__ Word<sizeof(scalar_t) * kVec> load(const scalar_t* address) {
+  return __ldg(reinterpret_cast<const Word<sizeof(scalar_t) * kVec>*>(address));
+}
+
+template <typename scalar_t, typename word_t>
+__device__ Vec<scalar_t, sizeof(word_t) / sizeof(scalar_t)> values_of(const word_t& word) {
+  Vec<scalar_t, sizeof(word_t) / sizeof(scalar_t)> values;
+  memcpy(&values, &word, sizeof(word));
+  return values;
+}
+
+// Writes what this launch does not read again, so that it does not drive the maps out of the cache.
+template <int kVec, typename scalar_t>
+__device__ void store(scalar_t* address, const Vec<scalar_t, kVec>& values) {
+  using word_t = Word<sizeof(scalar_t) * kVec>;
+  word_t word;
+  memcpy(&word, &values, sizeof(word));
+  __stcs(reinterpret_cast<word_t*>(address), word);
+}
+
+// Blocks that a multiprocessor must be able to hold. Two leave the compiler room, and a block of seven warps then still
+// fits three times; doubles take what they need, or they spill.
+template <typename acc_t>
+constexpr int kBlocks = sizeof(acc_t) == 4 ? 2 : 1;
+
+#endif  // a compiler of kernels
 
 // Whether channels_last maps and bins can be accessed kVec channels at a time, from their addresses and strides.
 template <typename scalar_t, int kVec, typename Params>

@@ -8,6 +8,7 @@ environment that `sanitizer_environment` returns), ROIALIGN_EXT_EMULATION_SOURCE
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import importlib.machinery
@@ -49,6 +50,14 @@ def load(sanitize: bool | None = None, sources_dir: str | Path | None = None):
 def launch_count(sanitize: bool | None = None, sources_dir: str | Path | None = None) -> int:
     """Kernels that the emulated build has launched so far."""
     return module(sanitize, sources_dir).launch_count()
+
+
+def work(library: str | Path | None = None) -> dict[str, int]:
+    """What the kernels of a library, by default the emulated build, have done so far."""
+    names = ("lane_loads", "warp_loads", "loaded_bytes", "barriers", "blocks")
+    counts = (ctypes.c_uint64 * len(names))()
+    ctypes.CDLL(str(library or module().__file__)).emulation_work(counts)
+    return dict(zip(names, counts))
 
 
 @functools.cache

@@ -130,6 +130,11 @@ unsigned vote(unsigned mask, T value, Site site, Predicate predicate) {
 
 }  // namespace emulation
 
+// For Python, which has the library and none of its headers.
+extern "C" __attribute__((used, visibility("default"))) inline void emulation_work(uint64_t* out) {
+  std::memcpy(out, &emulation::machine.work, sizeof(emulation::Work));
+}
+
 #define threadIdx (emulation::machine.current->index)
 #define blockIdx (emulation::machine.block_index)
 #define blockDim (emulation::machine.block)
@@ -203,7 +208,13 @@ inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 
 template <typename T>
 T __ldg(const T* address) {
+  ++emulation::machine.current->loads;
+  emulation::machine.work.loaded_bytes += sizeof(T);
   return *address;
+}
+template <typename T>
+void __stcs(T* address, T value) {
+  *address = value;
 }
 
 inline float __fadd_rn(float a, float b) { return a + b; }

@@ -131,6 +131,7 @@ struct Thread {
   Site site{};
   unsigned mask = 0;   // At a collective: the lanes it waits for.
   uint64_t value = 0;  // What it brought to the collective or barrier.
+  uint64_t loads = 0;  // By __ldg, in this block.
   bool started = false;
 };
 
@@ -142,7 +143,13 @@ struct SharedVariable {
 
 inline thread_local char tls_anchor;  // A thread-local variable of known offset, from which the others are found.
 
+// Work since the library was loaded. A warp loads as often as its busiest lane does; the other lanes idle meanwhile.
+struct Work {
+  uint64_t lane_loads, warp_loads, loaded_bytes, barriers, blocks;
+};
+
 struct Machine {
+  Work work{};
   dim3 grid, block;
   uint3 block_index;
   Thread threads[kMaxThreads];
@@ -326,6 +333,20 @@ inline void run_warp(int begin, int end) {
       fail("a warp collective that not all lanes of its mask reach:" + whereabouts(begin, end));
 }
 
+inline void count_loads() {
+  Machine& m = machine;
+  ++m.work.blocks;
+  for (int begin = 0; begin < m.num_threads; begin += kWarpSize) {
+    uint64_t most = 0;
+    for (int t = begin; t < std::min(begin + kWarpSize, m.num_threads); ++t) {
+      most = std::max(most, m.threads[t].loads);
+      m.work.lane_loads += m.threads[t].loads;
+      m.threads[t].loads = 0;
+    }
+    m.work.warp_loads += most;
+  }
+}
+
 inline void run_block() {
   Machine& m = machine;
   for (int t = 0; t < m.num_threads; ++t) m.threads[t].state = State::kRunnable;
@@ -344,7 +365,11 @@ inline void run_block() {
         fail("a barrier that not all threads reach:" + whereabouts(0, m.num_threads));
       m.barrier_count += thread.value != 0;
     }
-    if (m.threads[0].state == State::kExited) return;
+    if (m.threads[0].state == State::kExited) {
+      count_loads();
+      return;
+    }
+    ++m.work.barriers;
     for (int t = 0; t < m.num_threads; ++t) m.threads[t].state = State::kRunnable;
   }
 }
