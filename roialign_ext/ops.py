@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _library  # noqa: F401  (loads the compiled operators)
-from . import reference
+from . import _library, reference  # noqa: F401  (the former loads the compiled operators)
 
 _operators = torch.ops.roialign_ext
 
