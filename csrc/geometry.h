@@ -219,15 +219,21 @@ ROIALIGN_HOST_DEVICE void for_each_tap(const Axis<acc_t>& axis, int bin, Range s
   }
 }
 
-// The cells that any sample of the RoI can touch along an axis, one to spare on either side: positions are rounded
-// one by one, so the outermost sample need not be the last.
+// The cells that any sample of bins [first, last] can touch along an axis, one to spare on either side: positions are
+// rounded one by one, so the outermost sample need not be the last.
 template <typename acc_t>
-ROIALIGN_HOST_DEVICE Range cells_near(const Axis<acc_t>& axis) {
-  const acc_t a = sample_position(axis, 0, 0);
-  const acc_t b = sample_position(axis, axis.num_bins - 1, axis.num_samples - 1);
+ROIALIGN_HOST_DEVICE Range cells_near(const Axis<acc_t>& axis, int first_bin, int last_bin) {
+  const acc_t a = sample_position(axis, first_bin, 0);
+  const acc_t b = sample_position(axis, last_bin, axis.num_samples - 1);
   const acc_t low = (a < b ? a : b) - acc_t(1), high = (a < b ? b : a) + acc_t(3);
   return {static_cast<int>(clamp(low, acc_t(0), acc_t(axis.size))),
           static_cast<int>(clamp(high, acc_t(0), acc_t(axis.size)))};
+}
+
+// Those of the whole RoI.
+template <typename acc_t>
+ROIALIGN_HOST_DEVICE Range cells_near(const Axis<acc_t>& axis) {
+  return cells_near(axis, 0, axis.num_bins - 1);
 }
 
 // Where a row of `boxes` pools from.
