@@ -34,7 +34,8 @@ def export(model: torch.nn.Module, args: tuple = (), f: Any = None, **options: A
 
     Example:
         >>> from roialign_ext import RoIAlign, onnx
-        >>> inputs = (torch.rand(1, 8, 32, 32), torch.tensor([[0.0, 0.0, 0.0, 256.0, 128.0], [0.0, 9.0, 9.0, 64.0, 64.0]]))
+        >>> boxes = torch.tensor([[0.0, 0.0, 0.0, 256.0, 128.0], [0.0, 9.0, 9.0, 64.0, 64.0]])
+        >>> inputs = (torch.rand(1, 8, 32, 32), boxes)
         >>> program = onnx.export(RoIAlign(7, 1 / 16, 2), inputs, dynamic_shapes=({}, {0: "K"}), verbose=False)
         >>> "RoiAlign" in {node.op_type for node in program.model.graph}
         True
