@@ -93,6 +93,48 @@ inline void check_maps(const char* who, at::IntArrayRef map_sizes, int64_t num_r
   }
 }
 
+inline void check_pooled(const char* who, const char* name, const Tensor& pooled, const Tensor& boxes) {
+  check_boxes(who, boxes, 5, boxes.device());
+  TORCH_CHECK_VALUE(pooled.dim() == 4 && pooled.size(0) == boxes.size(0), who, ": ", name, " must have shape (",
+                    boxes.size(0), ", C, P, Q), got ", name_of_shape(pooled));
+  TORCH_CHECK_VALUE(pooled.device() == boxes.device(), who, ": ", name, " must be on ", boxes.device(), ", got ",
+                    pooled.device());
+}
+
+inline void check_grad_of(const char* who, const Tensor& grad_output, const Tensor& boxes, TensorList features) {
+  check_pooled(who, "`grad_output`", grad_output, boxes);
+  TORCH_CHECK_VALUE(grad_output.size(1) == features[0].size(1), who, ": `grad_output` must have the ",
+                    features[0].size(1), " channels of the features, got ", name_of_shape(grad_output));
+  TORCH_CHECK_TYPE(grad_output.scalar_type() == features[0].scalar_type(), who, ": `grad_output` must be ",
+                   name_of_dtype(features[0]), " as the features are, got ", name_of_dtype(grad_output));
+}
+
+inline void check_argmax(const char* who, const Tensor& argmax, const Tensor& boxes, int64_t num_channels) {
+  TORCH_CHECK_TYPE(argmax.scalar_type() == at::kInt, who, ": `argmax` must be int32, got ", name_of_dtype(argmax));
+  check_pooled(who, "`argmax`", argmax, boxes);
+  TORCH_CHECK_VALUE(argmax.size(1) == num_channels, who, ": `argmax` must have ", num_channels, " channels, got ",
+                    name_of_shape(argmax));
+}
+
+inline void check_same_bins(const char* who, const Tensor& grad_output, const Tensor& argmax) {
+  TORCH_CHECK_VALUE(grad_output.sizes() == argmax.sizes(), who, ": `argmax` must have the shape of `grad_output`, ",
+                    name_of_shape(grad_output), ", got ", name_of_shape(argmax));
+}
+
+// The samples of a bin are counted in int32 wherever max pooling names one of them.
+inline void check_samples_count(const char* who, at::IntArrayRef map_sizes, int64_t sampling_ratio) {
+  constexpr int64_t kMaxFixed = 1 << 15;
+  TORCH_CHECK_VALUE(sampling_ratio <= kMaxFixed, who, ": `sampling_ratio` must be at most ", kMaxFixed,
+                    " for max pooling, got ", sampling_ratio);
+  for (size_t i = 0; i < map_sizes.size(); i += 2) {
+    // Adaptive samples lie over half a cell apart, see samples_near().
+    const double samples = (2.0 * map_sizes[i] + 9) * (2.0 * map_sizes[i + 1] + 9);
+    TORCH_CHECK_VALUE(sampling_ratio > 0 || samples < kMaxInt, who,
+                      ": a map must have less than 2^29 cells for adaptive max pooling, got ", map_sizes[i], " x ",
+                      map_sizes[i + 1]);
+  }
+}
+
 inline void check_scales(const char* who, at::ArrayRef<double> scales, int64_t num_levels) {
   TORCH_CHECK_VALUE(static_cast<int64_t>(scales.size()) == 2 * num_levels, who,
                     ": `spatial_scales` must have one scale for each of ", num_levels, " levels, got ",

@@ -66,7 +66,8 @@ struct Axis {
   acc_t bin_size;   // cells; negative where an inverted box is sampled mirrored
   int num_samples;  // per bin; 0: the RoI takes no sample and its bins are zero
   int num_bins;
-  int size;  // cells of the map
+  int size;         // cells of the map
+  bool is_widened;  // a box narrower than a cell is sampled as wide as one: its far edge moves nothing
 };
 
 // A box asks for at most this many samples per bin side. Only adaptive sampling of a box of a billion cells gets
@@ -79,12 +80,13 @@ ROIALIGN_HOST_DEVICE Axis<acc_t> to_map(acc_t low, acc_t high, acc_t scale, bool
   const acc_t offset = aligned ? acc_t(0.5) : acc_t(0);
   const acc_t start = product(low, scale) - offset;
   acc_t length = product(high, scale) - offset - start;
-  Axis<acc_t> axis{start, acc_t(0), 0, num_bins, size};
+  Axis<acc_t> axis{start, acc_t(0), 0, num_bins, size, false};
   if (!is_finite(start) || !is_finite(length)) {
     return axis;
   }
   if (!aligned && length < acc_t(1)) {
     length = acc_t(1);
+    axis.is_widened = true;
   }
   axis.bin_size = length / acc_t(num_bins);
   // An adaptive RoI without extent, or inverted, takes no samples.
@@ -105,6 +107,55 @@ ROIALIGN_HOST_DEVICE acc_t sample_position(const Axis<acc_t>& axis, int bin, int
 template <typename acc_t>
 ROIALIGN_HOST_DEVICE bool is_on_map(const Axis<acc_t>& axis, acc_t position) {
   return position >= acc_t(-1) && position <= acc_t(axis.size);
+}
+
+// What a sample reads along an axis: cell `low`, and its right neighbour where that has a share.
+template <typename acc_t>
+struct Sample {
+  int low;         // -1: the sample lies outside the map and reads nothing
+  acc_t fraction;  // share of cell low + 1, which is on the map wherever this is not 0
+  bool moves;      // the share grows as the sample moves right; false where it is clamped to the border
+};
+
+template <typename acc_t>
+ROIALIGN_HOST_DEVICE Sample<acc_t> sample_at(const Axis<acc_t>& axis, int bin, int sample) {
+  const acc_t position = sample_position(axis, bin, sample);
+  if (!is_on_map(axis, position)) {
+    return {-1, acc_t(0), false};
+  }
+  const acc_t last = acc_t(axis.size - 1);
+  const acc_t on_cells = clamp(position, acc_t(0), last);
+  const int low = static_cast<int>(on_cells);
+  return {low, on_cells - acc_t(low), position >= acc_t(0) && position < last};
+}
+
+// By how many cells a sample moves when the far edge of the RoI moves by one; the near edge moves it by the rest of
+// one. The number of samples stays.
+template <typename acc_t>
+ROIALIGN_HOST_DEVICE acc_t share_of_far_edge(const Axis<acc_t>& axis, int bin, int sample) {
+  const acc_t in_bin = (acc_t(sample) + acc_t(0.5)) / acc_t(axis.num_samples);
+  return axis.is_widened ? acc_t(0) : (acc_t(bin) + in_bin) / acc_t(axis.num_bins);
+}
+
+// How a sample's value changes as it moves by one cell along either axis.
+template <typename acc_t>
+struct Slopes {
+  acc_t y, x;
+};
+
+// The slopes at a sample on the map, whose neighbours are cell(rows below y.low, columns right of x.low). A cell
+// without a share is not read.
+template <typename acc_t, typename Cell>
+ROIALIGN_HOST_DEVICE Slopes<acc_t> slopes_at(const Sample<acc_t>& y, const Sample<acc_t>& x, const Cell& cell) {
+  const auto row = [&](int dy) {
+    const acc_t left = (acc_t(1) - x.fraction) * cell(dy, 0);
+    return x.fraction != acc_t(0) ? left + x.fraction * cell(dy, 1) : left;
+  };
+  const auto column = [&](int dx) {
+    const acc_t above = (acc_t(1) - y.fraction) * cell(0, dx);
+    return y.fraction != acc_t(0) ? above + y.fraction * cell(1, dx) : above;
+  };
+  return {y.moves ? row(1) - row(0) : acc_t(0), x.moves ? column(1) - column(0) : acc_t(0)};
 }
 
 struct Range {
@@ -138,13 +189,10 @@ ROIALIGN_HOST_DEVICE void for_each_tap(const Axis<acc_t>& axis, int bin, Range s
   acc_t here = acc_t(0), next = acc_t(0);  // the weight gathered by each
   for (int i = samples.begin; i < samples.end; ++i) {
     const int sample = mirrored ? samples.begin + samples.end - 1 - i : i;
-    acc_t position = sample_position(axis, bin, sample);
-    if (!is_on_map(axis, position)) {
+    const auto [low, fraction, moves] = sample_at(axis, bin, sample);
+    if (low < 0) {
       continue;
     }
-    position = clamp(position, acc_t(0), acc_t(axis.size - 1));
-    const int low = static_cast<int>(position);
-    const acc_t fraction = position - acc_t(low);
     if (low != cell) {
       if (cell >= 0) {
         tap(cell, here * share);
@@ -171,15 +219,21 @@ ROIALIGN_HOST_DEVICE void for_each_tap(const Axis<acc_t>& axis, int bin, Range s
   }
 }
 
-// The cells that any sample of the RoI can touch along an axis, one to spare on either side: positions are rounded
-// one by one, so the outermost sample need not be the last.
+// The cells that any sample of bins [first, last] can touch along an axis, one to spare on either side: positions are
+// rounded one by one, so the outermost sample need not be the last.
 template <typename acc_t>
-ROIALIGN_HOST_DEVICE Range cells_near(const Axis<acc_t>& axis) {
-  const acc_t a = sample_position(axis, 0, 0);
-  const acc_t b = sample_position(axis, axis.num_bins - 1, axis.num_samples - 1);
+ROIALIGN_HOST_DEVICE Range cells_near(const Axis<acc_t>& axis, int first_bin, int last_bin) {
+  const acc_t a = sample_position(axis, first_bin, 0);
+  const acc_t b = sample_position(axis, last_bin, axis.num_samples - 1);
   const acc_t low = (a < b ? a : b) - acc_t(1), high = (a < b ? b : a) + acc_t(3);
   return {static_cast<int>(clamp(low, acc_t(0), acc_t(axis.size))),
           static_cast<int>(clamp(high, acc_t(0), acc_t(axis.size)))};
+}
+
+// Those of the whole RoI.
+template <typename acc_t>
+ROIALIGN_HOST_DEVICE Range cells_near(const Axis<acc_t>& axis) {
+  return cells_near(axis, 0, axis.num_bins - 1);
 }
 
 // Where a row of `boxes` pools from.

@@ -1,5 +1,5 @@
-// The operators as torch sees them: schemas, allocation, filling the params, dtype switch, registration. With
-// checks.h the only file that knows torch. roialign_ext/ops.py gives the operators their gradients and fake kernels.
+// The operators as torch sees them: schemas, allocation, registration. With call.h and checks.h the only file that
+// knows torch. roialign_ext/ops.py gives the operators their gradients and fake kernels.
 #if defined(ROIALIGN_EXT_WITH_CUDA) || defined(ROIALIGN_EXT_EMULATED)
 #include "cuda/launch.h"
 #endif
@@ -7,20 +7,16 @@
 #include "cpu/kernels.h"
 #include "cpu/nms.h"
 #endif
-#include "checks.h"
+#include "call.h"
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/library.h>
 #include <torch/version.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 #ifdef ROIALIGN_EXT_WITH_CUDA
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -29,8 +25,6 @@
 #endif
 
 #include <atomic>
-#include <cmath>
-#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -39,50 +33,17 @@
 namespace roialign {
 namespace {
 
-constexpr double kLevelEps = 1e-6;              // torchvision's
-constexpr int64_t kMaxSamplingRatio = 1 << 24;  // sample indices stay exact in float32
-
-// Layout: read off the strides once.
-
-// A channel stride of 1 under a longer column stride. Where one channel or one cell makes the two layouts the same,
-// the map counts as NCHW.
-bool is_channels_last(const Tensor& map) { return map.stride(1) == 1 && map.stride(3) > 1; }
-
-at::MemoryFormat memory_format(bool channels_last) {
-  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-}
-
-// The map itself where the kernels can read it: neighbouring channels (channels_last) or neighbouring columns (NCHW)
-// lie next to each other, other strides are free. Else a copy.
-Tensor in_layout(const Tensor& map, bool channels_last) {
-  const int64_t dim = channels_last ? 1 : 3;
-  if (map.stride(dim) == 1 || map.size(dim) == 1) {
-    return map;
-  }
-  return map.contiguous(memory_format(channels_last));
-}
-
-// Asks for huge pages under large fresh tensors. PyTorch's CPU allocator gives memory back to the system when a tensor
-// is freed, so every call would fault in its output 4 KiB at a time: half the time of the forward.
-void prefer_huge_pages(const Tensor& tensor) {
-#ifdef __linux__
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (begin + tensor.nbytes()) / kHugePage * kHugePage;
-  if (tensor.is_cpu() && first < last) {
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish; refusal changes nothing
-  }
-#endif
-}
-
-Tensor empty_in_layout(at::IntArrayRef sizes, const at::TensorOptions& options, bool channels_last) {
-  Tensor tensor = at::empty(sizes, options.memory_format(memory_format(channels_last)));
-  prefer_huge_pages(tensor);
-  return tensor;
-}
-
 // Devices: how each runs a kernel, once its tensors are checked and made.
+
+#define ROIALIGN_FOR_EACH_KERNEL(X) \
+  X(roi_align_forward)              \
+  X(roi_align_backward)             \
+  X(roi_align_backward_boxes)       \
+  X(roi_align_tangent)              \
+  X(roi_max_forward)                \
+  X(roi_max_gather)                 \
+  X(roi_max_backward)               \
+  X(roi_max_backward_boxes)
 
 #if defined(ROIALIGN_EXT_WITH_CUDA) || defined(ROIALIGN_EXT_EMULATED)
 
@@ -92,18 +53,14 @@ class Cuda {
   static constexpr bool kChecksRows = false;
   explicit Cuda(at::Device device) : guard_(device) {}
 
-  template <typename Params>
-  void forward(const Params& params) const {
-    check(cuda::roi_align_forward(params, stream()));
+#define ROIALIGN_RUN(kernel)                \
+  template <typename Params>                \
+  void kernel(const Params& params) const { \
+    check(cuda::kernel(params, stream()));  \
   }
-  template <typename Params>
-  void backward(const Params& params) const {
-    check(cuda::roi_align_backward(params, stream()));
-  }
-  template <typename Params>
-  void assign_levels(const Params& params) const {
-    check(cuda::assign_levels(params, stream()));
-  }
+  ROIALIGN_FOR_EACH_KERNEL(ROIALIGN_RUN)
+  ROIALIGN_RUN(assign_levels)
+#undef ROIALIGN_RUN
 
  private:
 #ifdef ROIALIGN_EXT_EMULATED
@@ -139,14 +96,13 @@ class Cpu {
   static constexpr bool kChecksRows = true;
   explicit Cpu(at::Device) {}
 
-  template <typename Params>
-  void forward(const Params& params) const {
-    cpu::roi_align_forward(params, parallel_for);
+#define ROIALIGN_RUN(kernel)                \
+  template <typename Params>                \
+  void kernel(const Params& params) const { \
+    cpu::kernel(params, parallel_for);      \
   }
-  template <typename Params>
-  void backward(const Params& params) const {
-    cpu::roi_align_backward(params, parallel_for);
-  }
+  ROIALIGN_FOR_EACH_KERNEL(ROIALIGN_RUN)
+#undef ROIALIGN_RUN
   template <typename Params>
   void assign_levels(const Params& params) const {
     cpu::assign_levels(params);
@@ -154,80 +110,6 @@ class Cpu {
 };
 
 #endif
-
-// Calls: what both directions check and tell the kernels.
-
-// Half boxes are read as float32; boxes and levels are small, so a copy of either costs nothing that shows.
-Tensor as_kernel_boxes(const Tensor& boxes) {
-  return (boxes.scalar_type() == at::kDouble ? boxes : boxes.to(at::kFloat)).contiguous();
-}
-
-// One call of the forward or the backward, checked but for the tensors that differ between the two.
-struct Call {
-  Pooling pooling;
-  at::ArrayRef<double> spatial_scales;  // [L, 2]: y, x
-  Tensor boxes;                         // [K, 5] as the kernels read them
-  std::optional<Tensor> levels;         // [K] int64
-
-  Call(const char* who, const Tensor& boxes_, const std::optional<Tensor>& levels_, at::IntArrayRef map_sizes,
-       int64_t num_images, int64_t num_channels, at::IntArrayRef output_size, at::ArrayRef<double> spatial_scales_,
-       int64_t sampling_ratio, bool aligned, int64_t canonical_level, double canonical_scale, bool channels_last)
-      : spatial_scales(spatial_scales_), boxes(as_kernel_boxes(boxes_)) {
-    const int64_t num_levels = static_cast<int64_t>(map_sizes.size()) / 2;
-    check_levels(who, levels_, boxes);
-    check_maps(who, map_sizes, boxes.size(0));
-    check_scales(who, spatial_scales, num_levels);
-    const int k_min = num_levels == 1 || levels_.has_value() ? 0 : check_rule_fits(who, spatial_scales);
-    pooling = {check_rule(who, num_levels, k_min, canonical_level, canonical_scale, kLevelEps),
-               check_int(who, "rows of `boxes`", boxes.size(0), 0, kMaxInt),
-               check_int(who, "images", num_images, 0, kMaxInt),
-               check_int(who, "channels", num_channels, 0, kMaxInt),
-               check_int(who, "`output_size`", output_size[0], 1, kMaxInt),
-               check_int(who, "`output_size`", output_size[1], 1, kMaxInt),
-               check_int(who, "`sampling_ratio`", std::max<int64_t>(sampling_ratio, 0), 0, kMaxSamplingRatio),
-               aligned,
-               channels_last};
-    check_int(who, "the product of `output_size`", int64_t(pooling.bins_y) * pooling.bins_x, 1, kMaxInt);
-    if (levels_.has_value()) {
-      levels = levels_->to(at::kLong).contiguous();
-    }
-  }
-
-  // Calls run(params), once; the forward reads `maps` and writes `pooled`, the backward the other way round.
-  template <typename Run>
-  void with_params(const std::vector<Tensor>& maps, const Tensor& pooled, const Run& run) const {
-#define ROIALIGN_CASE(scalar_t, box_t)                                     \
-  if (pooled.scalar_type() == c10::CppTypeToScalarType<scalar_t>::value && \
-      boxes.scalar_type() == c10::CppTypeToScalarType<box_t>::value) {     \
-    return run(params<scalar_t, box_t>(maps, pooled));                     \
-  }
-    ROIALIGN_FOR_EACH_TYPE(ROIALIGN_CASE)
-#undef ROIALIGN_CASE
-    TORCH_INTERNAL_ASSERT(false, "dtypes are checked before params are made");
-  }
-
- private:
-  template <typename scalar_t, typename box_t>
-  RoIAlignParams<scalar_t, box_t> params(const std::vector<Tensor>& maps, const Tensor& pooled) const {
-    RoIAlignParams<scalar_t, box_t> params{pooling};
-    for (size_t l = 0; l < maps.size(); ++l) {
-      const Tensor& map = maps[l];
-      params.levels[l] = {static_cast<scalar_t*>(map.data_ptr()),
-                          map.stride(0),
-                          map.stride(1),
-                          map.stride(2),
-                          map.stride(3),
-                          static_cast<int>(map.size(2)),
-                          static_cast<int>(map.size(3)),
-                          spatial_scales[2 * l],
-                          spatial_scales[2 * l + 1]};
-    }
-    params.boxes = boxes.const_data_ptr<box_t>();
-    params.roi_levels = levels.has_value() ? levels->const_data_ptr<int64_t>() : nullptr;
-    params.pooled = static_cast<scalar_t*>(pooled.data_ptr());
-    return params;
-  }
-};
 
 template <typename Device>
 void check_rows_of(const char* who, const Call& call) {
@@ -237,43 +119,71 @@ void check_rows_of(const char* who, const Call& call) {
   }
 }
 
-// The operators.
+// What every operator is told of the pooling, as its schema ends.
+#define ROIALIGN_POOLING_ARGS                                                                         \
+  at::ArrayRef<double> spatial_scales, int64_t sampling_ratio, bool aligned, int64_t canonical_level, \
+      double canonical_scale
+#define ROIALIGN_POOLING spatial_scales, sampling_ratio, aligned, canonical_level, canonical_scale
 
+// A call that reads maps, and these as the kernels read them.
 template <typename Device>
-Tensor roi_align_forward(TensorList features, const Tensor& boxes, const std::optional<Tensor>& levels,
-                         at::IntArrayRef output_size, at::ArrayRef<double> spatial_scales, int64_t sampling_ratio,
-                         bool aligned, int64_t canonical_level, double canonical_scale) {
-  const char* who = name_of_call(static_cast<int64_t>(features.size()));
-  check_features(who, features);
-  check_boxes(who, boxes, 5, features[0].device());
-  const Device device(boxes.device());
-  const bool channels_last = is_channels_last(features[0]);
-  std::vector<int64_t> map_sizes;
-  for (const Tensor& map : features) {
-    map_sizes.insert(map_sizes.end(), {map.size(2), map.size(3)});
-  }
-  const Call call(who, boxes, levels, map_sizes, features[0].size(0), features[0].size(1), output_size, spatial_scales,
-                  sampling_ratio, aligned, canonical_level, canonical_scale, channels_last);
-  check_rows_of<Device>(who, call);
+struct CallOnFeatures {
+  const char* who;
+  Device device;
+  std::vector<int64_t> map_sizes;  // [L, 2]: height, width
+  Call call;
 
-  Tensor output = empty_in_layout({boxes.size(0), features[0].size(1), output_size[0], output_size[1]},
-                                  features[0].options(), channels_last);
-  if (output.numel() > 0) {
-    std::vector<Tensor> maps;
+  CallOnFeatures(TensorList features_, const Tensor& boxes, const std::optional<Tensor>& levels,
+                 at::IntArrayRef output_size, ROIALIGN_POOLING_ARGS)
+      : who(check(features_, boxes)),
+        device(boxes.device()),
+        map_sizes(sizes_of(features_)),
+        call(who, boxes, levels, map_sizes, features_[0].size(0), features_[0].size(1), output_size, ROIALIGN_POOLING,
+             is_channels_last(features_[0])),
+        features(features_) {
+    check_rows_of<Device>(who, call);
+  }
+
+  at::MemoryFormat format() const { return memory_format(call.pooling.channels_last); }
+
+  Tensor empty_pooled(const at::TensorOptions& options) const {
+    return empty_in_layout({call.pooling.num_rois, call.pooling.num_channels, call.pooling.bins_y, call.pooling.bins_x},
+                           options, call.pooling.channels_last);
+  }
+
+  std::vector<Tensor> maps() const {
+    std::vector<Tensor> result;
     for (const Tensor& map : features) {
-      maps.push_back(in_layout(map, channels_last));
+      result.push_back(in_layout(map, call.pooling.channels_last));
     }
-    call.with_params(maps, output, [&](const auto& params) { device.forward(params); });
+    return result;
   }
-  return output;
-}
 
-template <typename Device>
-std::vector<Tensor> roi_align_backward(const Tensor& grad_output, const Tensor& boxes,
+ private:
+  TensorList features;
+
+  static const char* check(TensorList features, const Tensor& boxes) {
+    const char* who = name_of_call(static_cast<int64_t>(features.size()));
+    check_features(who, features);
+    check_boxes(who, boxes, 5, features[0].device());
+    return who;
+  }
+
+  static std::vector<int64_t> sizes_of(TensorList features) {
+    std::vector<int64_t> sizes;
+    for (const Tensor& map : features) {
+      sizes.insert(sizes.end(), {map.size(2), map.size(3)});
+    }
+    return sizes;
+  }
+};
+
+// Makes the gradient of every level; run(call, device, gradients, grad_output in their layout) fills them.
+template <typename Device, typename Run>
+std::vector<Tensor> make_grad_features(const Tensor& grad_output, const Tensor& boxes,
                                        const std::optional<Tensor>& levels, int64_t num_images,
-                                       at::IntArrayRef map_sizes, at::ArrayRef<double> spatial_scales,
-                                       int64_t sampling_ratio, bool aligned, int64_t canonical_level,
-                                       double canonical_scale, bool channels_last) {
+                                       at::IntArrayRef map_sizes, ROIALIGN_POOLING_ARGS, bool channels_last,
+                                       const Run& run) {
   const int64_t num_levels = static_cast<int64_t>(map_sizes.size()) / 2;
   const char* who = name_of_call(num_levels);
   TORCH_CHECK_VALUE(map_sizes.size() % 2 == 0, who, ": `map_sizes` must hold a height and a width for each level, got ",
@@ -281,11 +191,10 @@ std::vector<Tensor> roi_align_backward(const Tensor& grad_output, const Tensor& 
   check_int(who, "levels of `map_sizes`", num_levels, 1, kMaxLevels);
   check_float(who, "`grad_output`", grad_output);
   check_boxes(who, boxes, 5, grad_output.device());
-  TORCH_CHECK_VALUE(grad_output.dim() == 4 && grad_output.size(0) == boxes.size(0), who,
-                    ": `grad_output` must have shape (", boxes.size(0), ", C, P, Q), got ", name_of_shape(grad_output));
+  check_pooled(who, "`grad_output`", grad_output, boxes);
   const Device device(boxes.device());
   const Call call(who, boxes, levels, map_sizes, num_images, grad_output.size(1), grad_output.sizes().slice(2),
-                  spatial_scales, sampling_ratio, aligned, canonical_level, canonical_scale, channels_last);
+                  ROIALIGN_POOLING, channels_last);
   check_rows_of<Device>(who, call);
 
   std::vector<Tensor> grad_features;
@@ -300,10 +209,155 @@ std::vector<Tensor> roi_align_backward(const Tensor& grad_output, const Tensor& 
       grad.zero_();
     }
   } else if (num_cells > 0) {
-    const Tensor pooled = grad_output.contiguous(memory_format(channels_last));
-    call.with_params(grad_features, pooled, [&](const auto& params) { device.backward(params); });
+    run(call, device, grad_features, grad_output.contiguous(memory_format(channels_last)));
   }
   return grad_features;
+}
+
+// Makes the gradient of the boxes; run(call, gradient as the kernels write it) fills it.
+template <typename Device, typename Run>
+Tensor make_grad_boxes(const CallOnFeatures<Device>& on, const Tensor& boxes, const Run& run) {
+  const Pooling& pooling = on.call.pooling;
+  const bool is_empty = pooling.num_images == 0 || pooling.num_channels == 0;
+  Tensor grad = is_empty ? at::zeros_like(on.call.boxes) : at::empty_like(on.call.boxes);
+  if (grad.numel() > 0 && !is_empty) {
+    run(grad);
+  }
+  return grad.to(boxes.scalar_type());
+}
+
+template <typename scalar_t, typename box_t>
+BoxMotionParams<scalar_t, box_t> with_motion(const RoIAlignParams<scalar_t, box_t>& params, const Tensor& motion) {
+  return {params, static_cast<box_t*>(motion.data_ptr())};
+}
+
+template <typename scalar_t, typename box_t>
+MaxParams<scalar_t, box_t> with_winners(const RoIAlignParams<scalar_t, box_t>& params, const Tensor& argmax,
+                                        const Tensor& grad_boxes = {}) {
+  return {params, static_cast<int32_t*>(argmax.data_ptr()),
+          grad_boxes.defined() ? static_cast<box_t*>(grad_boxes.data_ptr()) : nullptr};
+}
+
+// The operators.
+
+template <typename Device>
+Tensor roi_align_forward(TensorList features, const Tensor& boxes, const std::optional<Tensor>& levels,
+                         at::IntArrayRef output_size, ROIALIGN_POOLING_ARGS) {
+  const CallOnFeatures<Device> on(features, boxes, levels, output_size, ROIALIGN_POOLING);
+  Tensor output = on.empty_pooled(features[0].options());
+  if (output.numel() > 0) {
+    on.call.with_params(on.maps(), output, [&](const auto& params) { on.device.roi_align_forward(params); });
+  }
+  return output;
+}
+
+template <typename Device>
+std::vector<Tensor> roi_align_backward(const Tensor& grad_output, const Tensor& boxes,
+                                       const std::optional<Tensor>& levels, int64_t num_images,
+                                       at::IntArrayRef map_sizes, ROIALIGN_POOLING_ARGS, bool channels_last) {
+  const auto run = [](const Call& call, const Device& device, const std::vector<Tensor>& grads, const Tensor& pooled) {
+    call.with_params(grads, pooled, [&](const auto& params) { device.roi_align_backward(params); });
+  };
+  return make_grad_features<Device>(grad_output, boxes, levels, num_images, map_sizes, ROIALIGN_POOLING, channels_last,
+                                    run);
+}
+
+template <typename Device>
+Tensor roi_align_backward_boxes(const Tensor& grad_output, TensorList features, const Tensor& boxes,
+                                const std::optional<Tensor>& levels, ROIALIGN_POOLING_ARGS) {
+  const char* who = name_of_call(static_cast<int64_t>(features.size()));
+  check_pooled(who, "`grad_output`", grad_output, boxes);
+  const CallOnFeatures<Device> on(features, boxes, levels, grad_output.sizes().slice(2), ROIALIGN_POOLING);
+  check_grad_of(who, grad_output, boxes, features);
+  return make_grad_boxes(on, boxes, [&](const Tensor& grad) {
+    on.call.with_params(on.maps(), grad_output.contiguous(on.format()),
+                        [&](const auto& params) { on.device.roi_align_backward_boxes(with_motion(params, grad)); });
+  });
+}
+
+template <typename Device>
+Tensor roi_align_tangent(TensorList features, const Tensor& boxes, const Tensor& box_tangents,
+                         const std::optional<Tensor>& levels, at::IntArrayRef output_size, ROIALIGN_POOLING_ARGS) {
+  const CallOnFeatures<Device> on(features, boxes, levels, output_size, ROIALIGN_POOLING);
+  TORCH_CHECK_VALUE(box_tangents.sizes() == boxes.sizes() && box_tangents.device() == boxes.device(), on.who,
+                    ": `box_tangents` must be like `boxes`, ", name_of_shape(boxes), " on ", boxes.device(), ", got ",
+                    name_of_shape(box_tangents), " on ", box_tangents.device());
+  check_float(on.who, "`box_tangents`", box_tangents);
+  const Tensor tangents = box_tangents.to(on.call.boxes.scalar_type()).contiguous();
+  Tensor output = on.empty_pooled(features[0].options());
+  if (output.numel() > 0) {
+    on.call.with_params(on.maps(), output,
+                        [&](const auto& params) { on.device.roi_align_tangent(with_motion(params, tangents)); });
+  }
+  return output;
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor> roi_max_forward(TensorList features, const Tensor& boxes,
+                                           const std::optional<Tensor>& levels, at::IntArrayRef output_size,
+                                           ROIALIGN_POOLING_ARGS) {
+  const CallOnFeatures<Device> on(features, boxes, levels, output_size, ROIALIGN_POOLING);
+  check_samples_count(on.who, on.map_sizes, sampling_ratio);
+  Tensor output = on.empty_pooled(features[0].options());
+  Tensor argmax = on.empty_pooled(features[0].options().dtype(at::kInt));
+  if (output.numel() > 0) {
+    on.call.with_params(on.maps(), output,
+                        [&](const auto& params) { on.device.roi_max_forward(with_winners(params, argmax)); });
+  }
+  return {output, argmax};
+}
+
+template <typename Device>
+Tensor roi_max_gather(TensorList features, const Tensor& argmax, const Tensor& boxes,
+                      const std::optional<Tensor>& levels, ROIALIGN_POOLING_ARGS) {
+  const char* who = name_of_call(static_cast<int64_t>(features.size()));
+  check_pooled(who, "`argmax`", argmax, boxes);
+  const CallOnFeatures<Device> on(features, boxes, levels, argmax.sizes().slice(2), ROIALIGN_POOLING);
+  check_argmax(who, argmax, boxes, features[0].size(1));
+  check_samples_count(who, on.map_sizes, sampling_ratio);
+  Tensor output = on.empty_pooled(features[0].options());
+  if (output.numel() > 0) {
+    const Tensor winners = argmax.contiguous(on.format());
+    on.call.with_params(on.maps(), output,
+                        [&](const auto& params) { on.device.roi_max_gather(with_winners(params, winners)); });
+  }
+  return output;
+}
+
+template <typename Device>
+std::vector<Tensor> roi_max_backward(const Tensor& grad_output, const Tensor& argmax, const Tensor& boxes,
+                                     const std::optional<Tensor>& levels, int64_t num_images, at::IntArrayRef map_sizes,
+                                     ROIALIGN_POOLING_ARGS, bool channels_last) {
+  const auto run = [&](const Call& call, const Device& device, const std::vector<Tensor>& grads, const Tensor& pooled) {
+    const Tensor winners = argmax.contiguous(memory_format(channels_last));
+    call.with_params(grads, pooled,
+                     [&](const auto& params) { device.roi_max_backward(with_winners(params, winners)); });
+  };
+  const char* who = name_of_call(static_cast<int64_t>(map_sizes.size()) / 2);
+  check_pooled(who, "`grad_output`", grad_output, boxes);
+  check_argmax(who, argmax, boxes, grad_output.size(1));
+  check_same_bins(who, grad_output, argmax);
+  check_samples_count(who, map_sizes, sampling_ratio);
+  return make_grad_features<Device>(grad_output, boxes, levels, num_images, map_sizes, ROIALIGN_POOLING, channels_last,
+                                    run);
+}
+
+template <typename Device>
+Tensor roi_max_backward_boxes(const Tensor& grad_output, const Tensor& argmax, TensorList features, const Tensor& boxes,
+                              const std::optional<Tensor>& levels, ROIALIGN_POOLING_ARGS) {
+  const char* who = name_of_call(static_cast<int64_t>(features.size()));
+  check_pooled(who, "`grad_output`", grad_output, boxes);
+  const CallOnFeatures<Device> on(features, boxes, levels, grad_output.sizes().slice(2), ROIALIGN_POOLING);
+  check_grad_of(who, grad_output, boxes, features);
+  check_argmax(who, argmax, boxes, features[0].size(1));
+  check_same_bins(who, grad_output, argmax);
+  check_samples_count(who, on.map_sizes, sampling_ratio);
+  return make_grad_boxes(on, boxes, [&](const Tensor& grad) {
+    const Tensor winners = argmax.contiguous(on.format());
+    on.call.with_params(on.maps(), grad_output.contiguous(on.format()), [&](const auto& params) {
+      on.device.roi_max_backward_boxes(with_winners(params, winners, grad));
+    });
+  });
 }
 
 template <typename Device>
@@ -328,8 +382,9 @@ Tensor assign_levels(const Tensor& boxes, int64_t num_levels, int64_t k_min, int
 
 template <typename Device>
 void implement(torch::Library& library) {
-  library.impl("roi_align_forward", &roi_align_forward<Device>);
-  library.impl("roi_align_backward", &roi_align_backward<Device>);
+#define ROIALIGN_IMPL(name) library.impl(#name, &name<Device>);
+  ROIALIGN_FOR_EACH_KERNEL(ROIALIGN_IMPL)
+#undef ROIALIGN_IMPL
   library.impl("assign_levels", &assign_levels<Device>);
 }
 

@@ -66,6 +66,20 @@ struct RoIAlignParams : Pooling {
   scalar_t* pooled;                           // [K, C, P, Q], or [K, P, Q, C] in channels_last: output or its gradient
 };
 
+// Average pooling and where its boxes go.
+template <typename scalar_t, typename box_t>
+struct BoxMotionParams : RoIAlignParams<scalar_t, box_t> {
+  box_t* motion;  // [K, 5], columns of `boxes`: their gradient, or the tangents along which pooling is differentiated
+};
+
+// Max pooling. A winner is the index of a sample among those of its bin that are near the map, row by row; -1: a
+// sample further out, which reads 0.
+template <typename scalar_t, typename box_t>
+struct MaxParams : RoIAlignParams<scalar_t, box_t> {
+  int32_t* argmax;    // in the shape and layout of `pooled`
+  box_t* grad_boxes;  // [K, 5], or null where the gradient of the boxes is not asked for
+};
+
 // The level rule on its own.
 template <typename box_t_>
 struct AssignLevelsParams {

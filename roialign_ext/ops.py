@@ -11,11 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import (
-    _library,  # noqa: F401  (loads the compiled operators)
-    reference,
-    transforms,
-)
+from . import _library, reference, transforms  # noqa: F401  (the first loads the compiled operators)
 
 _operators = torch.ops.roialign_ext
 

@@ -18,6 +18,26 @@ void roi_align_forward(const RoIAlignParams<scalar_t, box_t>& params, const Para
 template <typename scalar_t, typename box_t>
 void roi_align_backward(const RoIAlignParams<scalar_t, box_t>& params, const ParallelFor& parallel_for);
 
+// The gradient of the boxes, and the derivative of pooling along tangents of the boxes.
+template <typename scalar_t, typename box_t>
+void roi_align_backward_boxes(const BoxMotionParams<scalar_t, box_t>& params, const ParallelFor& parallel_for);
+
+template <typename scalar_t, typename box_t>
+void roi_align_tangent(const BoxMotionParams<scalar_t, box_t>& params, const ParallelFor& parallel_for);
+
+// Max pooling: the forward writes the winners, the others read them. Gather reads the maps at the winners.
+template <typename scalar_t, typename box_t>
+void roi_max_forward(const MaxParams<scalar_t, box_t>& params, const ParallelFor& parallel_for);
+
+template <typename scalar_t, typename box_t>
+void roi_max_gather(const MaxParams<scalar_t, box_t>& params, const ParallelFor& parallel_for);
+
+template <typename scalar_t, typename box_t>
+void roi_max_backward(const MaxParams<scalar_t, box_t>& params, const ParallelFor& parallel_for);
+
+template <typename scalar_t, typename box_t>
+void roi_max_backward_boxes(const MaxParams<scalar_t, box_t>& params, const ParallelFor& parallel_for);
+
 template <typename box_t>
 void assign_levels(const AssignLevelsParams<box_t>& params);
 

@@ -101,6 +101,24 @@ cudaError_t roi_align_forward(const RoIAlignParams<scalar_t, box_t>& params, cud
 template <typename scalar_t, typename box_t>
 cudaError_t roi_align_backward(const RoIAlignParams<scalar_t, box_t>& params, cudaStream_t stream);
 
+template <typename scalar_t, typename box_t>
+cudaError_t roi_align_backward_boxes(const BoxMotionParams<scalar_t, box_t>& params, cudaStream_t stream);
+
+template <typename scalar_t, typename box_t>
+cudaError_t roi_align_tangent(const BoxMotionParams<scalar_t, box_t>& params, cudaStream_t stream);
+
+template <typename scalar_t, typename box_t>
+cudaError_t roi_max_forward(const MaxParams<scalar_t, box_t>& params, cudaStream_t stream);
+
+template <typename scalar_t, typename box_t>
+cudaError_t roi_max_gather(const MaxParams<scalar_t, box_t>& params, cudaStream_t stream);
+
+template <typename scalar_t, typename box_t>
+cudaError_t roi_max_backward(const MaxParams<scalar_t, box_t>& params, cudaStream_t stream);
+
+template <typename scalar_t, typename box_t>
+cudaError_t roi_max_backward_boxes(const MaxParams<scalar_t, box_t>& params, cudaStream_t stream);
+
 template <typename box_t>
 cudaError_t assign_levels(const AssignLevelsParams<box_t>& params, cudaStream_t stream);
 

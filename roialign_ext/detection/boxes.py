@@ -158,6 +158,13 @@ def _suppress(who: str, boxes: Tensor, scores: Tensor, groups: Tensor | None, io
     return suppress(boxes.detach(), scores.detach(), groups, iou_threshold)
 
 
+@torch.library.register_fake("roialign_ext::nms")
+def _(boxes, scores, groups, iou_threshold):
+    """How many boxes stay is known when they are looked at, not to torch.compile or torch.export."""
+    num_kept = torch.library.get_ctx().new_dynamic_size()
+    return boxes.new_empty(num_kept, dtype=torch.int64)
+
+
 def _suppress_in_blocks(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float) -> Tensor:
     order = scores.sort(stable=True, descending=True).indices
     if groups is None:
