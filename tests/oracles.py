@@ -76,6 +76,16 @@ def box_gradients(case: Case, dtype: torch.dtype, mode: str = "avg") -> tuple[Te
     return _box_gradients(case, coordinate_dtype(dtype), mode)[dtype]
 
 
+def max_values(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The exact values of a case of max pooling, and the same of the magnitudes, their upper bound."""
+    return _max_pooled(case, coordinate_dtype(dtype))[dtype][0]
+
+
+def max_gradients(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """The exact gradients of every level through max pooling for the case's cotangent, and their magnitudes."""
+    return _max_pooled(case, coordinate_dtype(dtype))[dtype][1]
+
+
 def _dtypes(coordinates: torch.dtype) -> list[torch.dtype]:
     return [dtype for dtype in DTYPES.values() if coordinate_dtype(dtype) == coordinates]
 
@@ -100,6 +110,28 @@ def _gradients(case: Case, coordinates: torch.dtype) -> dict[torch.dtype, tuple[
 
     weights = {dtype: cotangent(case, dtype).double() for dtype in _dtypes(coordinates)}
     return {dtype: (passed_back(weight), passed_back(weight.abs())) for dtype, weight in weights.items()}
+
+
+@functools.cache
+def _max_pooled(case: Case, coordinates: torch.dtype) -> dict[torch.dtype, tuple]:
+    # As for values: the maps of all dtypes lie side by side as channels, and their magnitudes beside them.
+    dtypes = _dtypes(coordinates)
+    rounded = [[f.double() for f in distinct_features(case, dtype, "max")] for dtype in dtypes]
+    maps = [torch.cat(level + tuple(f.abs() for f in level), 1).requires_grad_() for level in zip(*rounded)]
+    pooled = pool_by_reference(case, maps, coordinates, mode="max")
+    values = pooled.detach().split(case.channels, 1)
+
+    def passed_back(i: int, weight: Tensor) -> list[Tensor]:
+        output = pooled.narrow(1, i * case.channels, case.channels)
+        found = torch.autograd.grad(output, maps, weight, retain_graph=True)
+        return [gradient.narrow(1, i * case.channels, case.channels) for gradient in found]
+
+    result = {}
+    for i, dtype in enumerate(dtypes):
+        weight = cotangent(case, dtype).double()
+        gradients = passed_back(i, weight), passed_back(i, weight.abs())
+        result[dtype] = (values[i], values[len(dtypes) + i]), gradients
+    return result
 
 
 @functools.cache
@@ -157,7 +189,7 @@ def _box_magnitude(case: Case, coordinates: torch.dtype, maps: list[Tensor], wei
 
 
 def distinct_features(case: Case, dtype: torch.dtype, mode: str) -> list[Tensor]:
-    """The features of a case; for "max" no two cells of a map are equal, and the greatest sample is one alone.
+    """The features of a case; in half and bfloat16 for "max" hardly two cells of a map are equal.
 
     Rounding decides between samples that interpolate cells of one value, and differs from kernel to kernel.
     """

@@ -16,6 +16,8 @@ from roialign_ext import ops, reference
 DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 LAYOUT = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 MODE = pytest.mark.parametrize("mode", ["avg", "max"])
+# Here one sample lies an ulp above the last row and another is clamped to it: rounding chooses between two slopes.
+TIED = ("map-wide", "map-tall", "levels-8")
 FEW = ("levels-3", "images-uneven", "output-3x5", "channels-257", "across-the-border-adaptive-aligned", "padding")
 
 
@@ -36,14 +38,19 @@ class TestAgainstTheFloat64Reference:
         # The sums and the result are as precise as the boxes, whatever the features are.
         oracles.assert_within(found, *oracles.box_gradients(case, dtype, mode), GRADIENTS[found.dtype])
 
-    @LAYOUT
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+    @pytest.mark.parametrize(
+        "dtype, layout", [("float64", "contiguous"), ("float32", "contiguous"), ("float32", "channels_last")]
+    )
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
     def test_average(self, case: Case, dtype, layout, device):
-        self.check(case, dtype, layout, device, "avg")
+        self.check(case, DTYPES[dtype], layout, device, "avg")
 
     @LAYOUT
-    @pytest.mark.parametrize("case", [case for case in CASES if len(case.boxes) < 100], ids=lambda case: case.name)
+    @pytest.mark.parametrize(
+        "case",
+        [case for case in CASES if case.name not in TIED and len(case.boxes) < 100],
+        ids=lambda case: case.name,
+    )
     def test_max(self, case: Case, layout, device):
         self.check(case, torch.float64, layout, device, "max")
 
