@@ -65,7 +65,7 @@ class TestAgainstTheFloat64Reference:
 
 
 def row_of(*values: float) -> Tensor:
-    return torch.tensor(values).view(1, 1, 1, -1)
+    return torch.tensor(values, dtype=torch.float32).view(1, 1, 1, -1)
 
 
 class TestByEye:
