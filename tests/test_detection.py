@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import roialign_ext
 from roialign_ext import detection
+from roialign_ext.detection.matching import match_boxes
 
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 BRANCH = pytest.mark.parametrize("branches", BRANCHES.values(), ids=BRANCHES.keys())
@@ -330,6 +331,28 @@ class TestBeyondTorchvision:
         assert_same = torch.testing.assert_close
         assert_same(ours.assign_targets_to_proposals(proposals, boxes, labels), whole, rtol=0, atol=0)
         assert max(largest) <= 64 and len(largest) > 50
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
+    @pytest.mark.parametrize("low", [0.5, 0.3], ids=["one_threshold", "two_thresholds"])
+    def test_the_matching_operator_is_the_matrix_of_overlaps(self, dtype, low):
+        """Oracle: torchvision's box_iou and Matcher, to the bit, boxes without area, inverted and not finite too."""
+        ops = pytest.importorskip("torchvision.ops")
+        utils = pytest.importorskip("torchvision.models.detection._utils")
+        truth = torch.cat([target["boxes"] for target in problem((1, 1), (7, 6))[3]]).to(dtype)
+        boxes = torch.cat([truth.repeat(40, 1) + torch.randn(520, 4, dtype=dtype) * 4, truth])
+        truth = torch.cat([truth, truth[:3]])  # ties
+        for row, box in enumerate([(5, 5, 5, 5), (0, 0, 0, 9), (9, 9, 5, 5), (9, 0, 5, 9), (0, 0, 1e30, 1e30)]):
+            boxes[row] = torch.tensor(box)
+        for row, odd in enumerate([torch.nan, torch.inf, -torch.inf, torch.nan], start=5):
+            boxes[row, row - 5] = odd
+        for count in (len(truth), 1):
+            overlaps = ops.box_iou(truth[:count], boxes)
+            overlap, best = torch.ops.roialign_ext.match(truth[:count], boxes)
+            expected = overlaps.max(dim=0)
+            torch.testing.assert_close(overlap, expected.values, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(best, expected.indices)
+            matches = match_boxes(detection.Matcher(0.5, low), detection.box_iou, truth[:count], boxes)
+            assert torch.equal(matches, utils.Matcher(0.5, low)(overlaps))
 
 
 class TestErrors:

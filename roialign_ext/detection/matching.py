@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
+
+from .. import _library  # noqa: F401  (loads the compiled operators)
+from .boxes import box_iou
 
 # Pairs of ground truth and proposals that are compared at once, 4 MiB for each temporary.
 _MAX_PAIRS = 2**20
@@ -57,14 +61,18 @@ class Matcher:
             missing = "ground-truth" if match_quality_matrix.shape[0] == 0 else "proposal"
             raise ValueError(f"No {missing} boxes available for one of the images during training")
         quality, best = match_quality_matrix.max(dim=0)
-        matches = best
-        if self.low_threshold < self.high_threshold:
-            matches = matches.masked_fill(quality < self.high_threshold, self.BETWEEN_THRESHOLDS)
-        matches = matches.masked_fill(quality < self.low_threshold, self.BELOW_LOW_THRESHOLD)
+        matches = self.of_best(quality, best)
         if self.allow_low_quality_matches:
             is_some_best = (match_quality_matrix == match_quality_matrix.amax(dim=1, keepdim=True)).any(dim=0)
             matches = torch.where(is_some_best, best, matches)
         return matches
+
+    def of_best(self, quality: Tensor, best: Tensor) -> Tensor:
+        """Matches `(N,)` by the best quality `(N,)` of every prediction and the ground truth `(N,)` it is with."""
+        matches = best
+        if self.low_threshold < self.high_threshold:
+            matches = matches.masked_fill(quality < self.high_threshold, self.BETWEEN_THRESHOLDS)
+        return matches.masked_fill(quality < self.low_threshold, self.BELOW_LOW_THRESHOLD)
 
 
 def match_boxes(
@@ -75,8 +83,9 @@ def match_boxes(
 ) -> Tensor:
     """`matcher(similarity(gt_boxes, boxes))` without the whole matrix.
 
-    A matcher that looks at one prediction at a time, as `Matcher` does without low-quality matches, gets the
-    predictions in pieces of at most 2^20 pairs.
+    On a CPU `Matcher` and `box_iou` are one operator that keeps no overlap but the largest. Elsewhere a matcher
+    that looks at one prediction at a time, as `Matcher` does without low-quality matches, gets the predictions in
+    pieces of at most 2^20 pairs.
 
     Args:
         matcher: `(M, N)` -> `(N,)`, as `Matcher`.
@@ -84,10 +93,24 @@ def match_boxes(
         gt_boxes: `(M, 4)`, at least one.
         boxes: `(N, 4)`, at least one.
     """
+    if _can_fuse(matcher, similarity, gt_boxes, boxes):
+        return matcher.of_best(*torch.ops.roialign_ext.match(gt_boxes.detach(), boxes.detach()))
     piece = max(1, _MAX_PAIRS // len(gt_boxes))
     if len(boxes) <= piece or getattr(matcher, "allow_low_quality_matches", True):
         return matcher(similarity(gt_boxes, boxes))
     return torch.cat([matcher(similarity(gt_boxes, part)) for part in boxes.split(piece)])
+
+
+def _can_fuse(matcher: object, similarity: object, gt_boxes: Tensor, boxes: Tensor) -> TypeGuard[Matcher]:
+    return (
+        type(matcher) is Matcher
+        and not matcher.allow_low_quality_matches
+        and similarity is box_iou
+        and boxes.device.type == "cpu"
+        and boxes.dtype == gt_boxes.dtype
+        and boxes.dtype in (torch.float32, torch.float64)
+        and not torch.compiler.is_compiling()
+    )
 
 
 class BalancedPositiveNegativeSampler:
