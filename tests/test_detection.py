@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from torch import Tensor, nn
 import roialign_ext
 from roialign_ext import detection
 from roialign_ext.detection.matching import match_boxes
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 BRANCH = pytest.mark.parametrize("branches", BRANCHES.values(), ids=BRANCHES.keys())
@@ -444,6 +449,20 @@ def test_training_asks_for_numbers_three_times(monkeypatch):
     heads = second_stage().train()
     heads(*problem((40, 30), (3, 5)))
     assert asked == ["__bool__", "tolist", "tolist"]
+
+
+@BRANCH
+def test_training_waits_for_a_device_less_often_than_torchvision(branches):
+    """Oracle: the same count of torchvision's RoIHeads, of calls that would wait for a device if there were one."""
+    pytest.importorskip("torchvision")
+    count = importlib.import_module("bench_second_stage").count_synchronisations
+    ours = second_stage(branches).train()
+    features, proposals, shapes, targets = problem((40, 30), (3, 5))
+    counts = [
+        count(lambda heads=heads: heads(features, list(proposals), shapes, targets), torch.device("cpu"))
+        for heads in (ours, torchvision_twin(ours))
+    ]
+    assert 0 < sum(counts[0].values()) < sum(counts[1].values()) / 2, counts
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False")
