@@ -515,6 +515,14 @@ class TestMmdet:
         with pytest.raises(ValueError, match="left alone.*pools by max"):
             accelerate(extractor(pool_mode="max"))
 
+    def test_wrapped_for_float16_is_left_alone(self):
+        before = extractor()
+        before.fp16_enabled = True  # as the decorators of mmdet before 3.0 want it, which cast arguments to float32
+        with pytest.raises(ValueError, match="left alone.*wrapped for float16"):
+            accelerate(before)
+        before.fp16_enabled = False
+        assert type(accelerate(before)) is fused.SingleRoIExtractor
+
     def test_subclass_with_levels_of_its_own_is_left_alone(self):
         class ByHeight(SingleRoIExtractor):
             def map_roi_levels(self, rois, num_levels):
