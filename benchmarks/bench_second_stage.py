@@ -1,8 +1,9 @@
 """The second stage of Mask R-CNN R50-FPN, ours and torchvision's RoIHeads in turns, whole and in parts.
 
     python benchmarks/bench_second_stage.py
-    python benchmarks/bench_second_stage.py --parts sampling pooling losses postprocessing --rounds 20 --out
-    results python benchmarks/bench_second_stage.py --device cuda --rounds 30
+    python benchmarks/bench_second_stage.py --parts sampling pooling losses postprocessing --rounds 20 --out results
+    python benchmarks/bench_second_stage.py --device cuda --rounds 30
+    python benchmarks/bench_second_stage.py --parts synchronisations
 
 Both have the same weights, features, proposals, targets and random state; losses, detections and the
 gradients of the feature maps are compared before anything is timed. Reported are medians in milliseconds.
@@ -14,33 +15,44 @@ gradients of the feature maps are compared before anything is timed. Reported ar
     heads           everything with weights, forward and backward: matrix products and convolutions
     losses          logits -> losses -> gradients of the logits; cuts ground-truth masks to the samples
     postprocessing  logits of a trained detector -> detections, and of their mask logits -> masks
+
+And a count, `synchronisations`, of what makes the host wait for a device in training and post-processing. On CUDA it is
+torch's own. On a CPU it is of the calls that would wait there, with our parts told to go the way of a device.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from bench_roi_align import describe_machine
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection import faster_rcnn, mask_rcnn, roi_heads
 from torchvision.ops import MultiScaleRoIAlign
 from workloads import Workload, proposals
 
 import roialign_ext
 from roialign_ext import detection
+from roialign_ext.detection import boxes as boxes_module
 
 CLASSES = 91
 OBJECTS = 10  # of an image; COCO has 7.3 on average
 PROPOSALS = {"training": 2000, "inference": 1000}  # that torchvision's RPN passes on
 PARTS = ("training", "inference", "sampling", "pooling", "heads", "losses", "postprocessing")
+COUNTED = ("training", "postprocessing")
+SHARES = ("sampling", "pooling", "heads", "losses")  # what a step of training consists of
 NOT_HEADS = ("sampling", "pooling", "losses")
 
 
@@ -214,12 +226,68 @@ def parts_of(library: Any, heads: Any, problem: Problem) -> dict[str, Callable[[
     }
 
 
+# Operators whose result, or its size, the host waits for; lift_fresh is a tensor of Python numbers, copied to a device.
+WAITS = {
+    *("nonzero", "masked_select", "unique_consecutive", "_unique2", "unique_dim", "bincount"),
+    *("_local_scalar_dense", "equal", "nms", "lift_fresh"),
+}
+
+
+class WaitingCalls(TorchDispatchMode):
+    """Counts, on a CPU, the calls that would make the host wait for a device, by the operator's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._schema.name.partition("::")[2]
+        if name in WAITS:
+            self.counts[name] += 1
+        elif name in ("index", "index_put", "index_put_"):
+            # A mask as an index has its nonzero() taken, but for one number put under it, which is filled in.
+            masks = sum(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+            self.counts["mask as index"] += 0 if name != "index" and args[2].numel() == 1 else masks
+        elif name == "repeat_interleave" and (kwargs or {}).get("output_size") is None:
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def count_synchronisations(run: Callable[[], Any], device: torch.device) -> dict[str, int]:
+    """How often `run` makes the host wait for a device, by what does it, after a first call."""
+    run()
+    if device.type == "cuda":
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                run()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return {"calls": sum("synchronizing" in str(warning.message) for warning in caught)}
+    with contextlib.ExitStack() as stack:
+        for module in ("matching", "keypoint_head"):
+            name = f"roialign_ext.detection.{module}.host_waits_for"
+            stack.enter_context(mock.patch(name, lambda device: True))
+        stack.enter_context(mock.patch.object(boxes_module, "_suppress_on_cpu", boxes_module._suppress_in_blocks))
+        waiting = stack.enter_context(WaitingCalls())
+        tolist = Tensor.tolist
+
+        def counted(self: Tensor) -> Any:  # reads memory itself, through no operator
+            waiting.counts["tolist"] += 1
+            return tolist(self)
+
+        stack.enter_context(mock.patch.object(Tensor, "tolist", counted))
+        run()
+    return dict(+waiting.counts)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "synchronisations"), default=PARTS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="folder for the JSON; without, it goes to standard output")
     options = parser.parse_args()
@@ -240,7 +308,7 @@ def main() -> int:
         return time.perf_counter() - start
 
     results = []
-    for part in options.parts:
+    for part in [part for part in options.parts if part != "synchronisations"]:
         print(part, file=sys.stderr)
         torch.testing.assert_close(parts["ours"][part](), parts["torchvision"][part](), rtol=1e-3, atol=1e-4)
         times: dict[str, list[float]] = {name: [] for name in LIBRARIES}
@@ -252,18 +320,28 @@ def main() -> int:
 
     report = {"machine": describe_machine(device), "images": options.images, "threads": options.threads}
     report["results"] = results
+    if "synchronisations" in options.parts:
+        report["synchronisations"] = {
+            part: {name: count_synchronisations(parts[name][part], device) for name in LIBRARIES} for part in COUNTED
+        }
     by_part = {result["part"]: result for result in results}
     if all(part in by_part for part in NOT_HEADS):
         total = {name: sum(by_part[part][name] for part in NOT_HEADS) for name in LIBRARIES}
         by_part["all but heads"] = report["all but heads"] = {"part": "all but heads", **total}
-    print(f"{'':16}{'ours, ms':>12}{'torchvision, ms':>18}{'ratio':>8}")
+    for part, counts in report.get("synchronisations", {}).items():
+        for name, calls in counts.items():
+            print(f"{part}, {name}: the host waits {sum(calls.values())} times, {calls}")
+    whole = {name: sum(by_part[part][name] for part in SHARES if part in by_part) for name in LIBRARIES}
+    print(f"{'':16}{'ours, ms':>12}{'share':>7}{'torchvision, ms':>18}{'share':>7}{'ratio':>8}")
     for part, result in by_part.items():
+        shares = [f"{result[name] / whole[name]:7.1%}" if part in SHARES else "" for name in LIBRARIES]
         ratio = result["torchvision"] / result["ours"]
-        print(f"{part:16}{result['ours']:12.2f}{result['torchvision']:18.2f}{ratio:8.2f}")
+        times = f"{result['ours']:12.2f}{shares[0]:>7}{result['torchvision']:18.2f}{shares[1]:>7}"
+        print(f"{part:16}{times}{ratio:8.2f}")
     text = json.dumps(report, indent=1)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f"second-stage-{device.type}-{report['machine']['date']}.json"
+        path = options.out / f"second_stage-{device.type}-{report['machine']['date']}.json"
         path.write_text(text + "\n")
         print(f"Written: {path}")
     else:

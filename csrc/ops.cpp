@@ -5,6 +5,7 @@
 #endif
 #ifndef ROIALIGN_EXT_EMULATED
 #include "cpu/kernels.h"
+#include "cpu/match.h"
 #include "cpu/nms.h"
 #endif
 #include "call.h"
@@ -420,6 +421,24 @@ Tensor nms(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor
   return order.masked_select(keep);
 }
 
+std::tuple<Tensor, Tensor> match(const Tensor& ground_truth, const Tensor& boxes) {
+  const char* who = "match";
+  check_boxes(who, ground_truth, 4, boxes.device());
+  check_boxes(who, boxes, 4, boxes.device());
+  TORCH_CHECK_VALUE(ground_truth.size(0) > 0, who, ": `ground_truth` must have at least one row, got none");
+  const Tensor rows = as_kernel_boxes(boxes);
+  const Tensor truth = ground_truth.to(rows.scalar_type()).contiguous();
+  Tensor overlap = at::empty({rows.size(0)}, rows.options());
+  Tensor best = at::empty({rows.size(0)}, rows.options().dtype(at::kLong));
+  const auto run = [&](auto type) {
+    using box_t = decltype(type);
+    cpu::match<box_t>({truth.const_data_ptr<box_t>(), rows.const_data_ptr<box_t>(), truth.size(0), rows.size(0),
+                       overlap.mutable_data_ptr<box_t>(), best.mutable_data_ptr<int64_t>()});
+  };
+  rows.scalar_type() == at::kDouble ? run(double()) : run(float());
+  return {overlap, best};
+}
+
 #endif
 
 // Registration.
@@ -463,6 +482,7 @@ ROIALIGN_LIBRARY(ROIALIGN_NAMESPACE, library) {
 #undef ROIALIGN_POOLING
 #undef ROIALIGN_MAPS
 #ifndef ROIALIGN_EXT_EMULATED
+  library.def("match(Tensor ground_truth, Tensor boxes) -> (Tensor, Tensor)");
   library.def("nms(Tensor boxes, Tensor scores, Tensor? groups, float iou_threshold) -> Tensor");
 #endif
 }
@@ -472,6 +492,7 @@ ROIALIGN_LIBRARY_IMPL(ROIALIGN_NAMESPACE, CPU, library) { implement<Cuda>(librar
 #else
 ROIALIGN_LIBRARY_IMPL(ROIALIGN_NAMESPACE, CPU, library) {
   implement<Cpu>(library);
+  library.impl("match", &match);
   library.impl("nms", &nms);
 }
 #endif

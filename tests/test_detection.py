@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,9 @@ from torch import Tensor, nn
 
 import roialign_ext
 from roialign_ext import detection
+from roialign_ext.detection.matching import match_boxes
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 BRANCH = pytest.mark.parametrize("branches", BRANCHES.values(), ids=BRANCHES.keys())
@@ -331,6 +337,28 @@ class TestBeyondTorchvision:
         assert_same(ours.assign_targets_to_proposals(proposals, boxes, labels), whole, rtol=0, atol=0)
         assert max(largest) <= 64 and len(largest) > 50
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
+    @pytest.mark.parametrize("low", [0.5, 0.3], ids=["one_threshold", "two_thresholds"])
+    def test_the_matching_operator_is_the_matrix_of_overlaps(self, dtype, low):
+        """Oracle: torchvision's box_iou and Matcher, to the bit, boxes without area, inverted and not finite too."""
+        ops = pytest.importorskip("torchvision.ops")
+        utils = pytest.importorskip("torchvision.models.detection._utils")
+        truth = torch.cat([target["boxes"] for target in problem((1, 1), (7, 6))[3]]).to(dtype)
+        boxes = torch.cat([truth.repeat(40, 1) + torch.randn(520, 4, dtype=dtype) * 4, truth])
+        truth = torch.cat([truth, truth[:3]])  # ties
+        for row, box in enumerate([(5, 5, 5, 5), (0, 0, 0, 9), (9, 9, 5, 5), (9, 0, 5, 9), (0, 0, 1e30, 1e30)]):
+            boxes[row] = torch.tensor(box)
+        for row, odd in enumerate([torch.nan, torch.inf, -torch.inf, torch.nan], start=5):
+            boxes[row, row - 5] = odd
+        for count in (len(truth), 1):
+            overlaps = ops.box_iou(truth[:count], boxes)
+            overlap, best = torch.ops.roialign_ext.match(truth[:count], boxes)
+            expected = overlaps.max(dim=0)
+            torch.testing.assert_close(overlap, expected.values, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(best, expected.indices)
+            matches = match_boxes(detection.Matcher(0.5, low), detection.box_iou, truth[:count], boxes)
+            assert torch.equal(matches, utils.Matcher(0.5, low)(overlaps))
+
 
 class TestErrors:
     """Oracle: the type torchvision raises, and a message that names what is wrong."""
@@ -400,11 +428,11 @@ def test_checkpoints_of_version_1_have_other_names_for_mask_convolutions():
     torch.testing.assert_close(dict(other.state_dict()), dict(head.state_dict()), rtol=0, atol=0)
 
 
-def test_training_asks_for_numbers_four_times(monkeypatch):
+def test_training_asks_for_numbers_three_times(monkeypatch):
     """Oracle: a count of what makes a host wait for a device, for masks and keypoints on two images.
 
     torchvision asks 24 times with nonzero() alone. Once for degenerate ground truth, once for the sampler,
-    once for the samples, once for the positives among them.
+    once for the positives among the samples.
     """
     asked = []
     for name in ("tolist", "item", "__bool__", "__int__", "__float__", "nonzero", "unique"):
@@ -420,7 +448,21 @@ def test_training_asks_for_numbers_four_times(monkeypatch):
         monkeypatch.setattr(f"roialign_ext.detection.{module}.host_waits_for", lambda device: True)
     heads = second_stage().train()
     heads(*problem((40, 30), (3, 5)))
-    assert asked == ["__bool__", "tolist", "tolist", "tolist"]
+    assert asked == ["__bool__", "tolist", "tolist"]
+
+
+@BRANCH
+def test_training_waits_for_a_device_less_often_than_torchvision(branches):
+    """Oracle: the same count of torchvision's RoIHeads, of calls that would wait for a device if there were one."""
+    pytest.importorskip("torchvision")
+    count = importlib.import_module("bench_second_stage").count_synchronisations
+    ours = second_stage(branches).train()
+    features, proposals, shapes, targets = problem((40, 30), (3, 5))
+    counts = [
+        count(lambda heads=heads: heads(features, list(proposals), shapes, targets), torch.device("cpu"))
+        for heads in (ours, torchvision_twin(ours))
+    ]
+    assert 0 < sum(counts[0].values()) < sum(counts[1].values()) / 2, counts
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False")

@@ -36,17 +36,17 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         >>> box_iou(torch.tensor([[0.0, 0.0, 2.0, 2.0]]), others)
         tensor([[0.5000, 0.0000]])
     """
-    # Columns in memory of their own: strided ones are read several times as slowly.
-    columns1, columns2 = (_widened(boxes).movedim(-1, 0).contiguous() for boxes in (boxes1, boxes2))
-    return _overlaps(columns1[..., :, None].unbind(), columns2[..., None, :].unbind())
+    # Columns in memory of their own, for the boxes along rows: strided ones are read several times as slowly.
+    columns = torch.stack(_widened(boxes2).unsqueeze(-3).unbind(-1))
+    return _overlaps(_widened(boxes1).unsqueeze(-2).unbind(-1), columns.unbind())
 
 
 def _overlaps(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
     """Intersection over union of broadcast coordinates, with the roundings of torchvision's kernels."""
     x1, y1, x2, y2 = one
     other_x1, other_y1, other_x2, other_y2 = other
-    intersection = (torch.minimum(x2, other_x2) - torch.maximum(x1, other_x1)).clamp_(min=0)
-    intersection *= (torch.minimum(y2, other_y2) - torch.maximum(y1, other_y1)).clamp_(min=0)
+    intersection = torch.minimum(x2, other_x2).sub_(torch.maximum(x1, other_x1)).clamp_(min=0)
+    intersection *= torch.minimum(y2, other_y2).sub_(torch.maximum(y1, other_y1)).clamp_(min=0)
     union = (x2 - x1) * (y2 - y1) + (other_x2 - other_x1) * (other_y2 - other_y1)
     return intersection / union.sub_(intersection)
 
@@ -266,11 +266,11 @@ class BoxCoder:
 
     def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
         """The codes `(K, 4)` that make targets `(K, 4)` of proposals `(K, 4)`."""
-        weights = torch.as_tensor(self.weights, dtype=reference_boxes.dtype, device=reference_boxes.device)
         centres, sizes = _centres_and_sizes(proposals)
         target_centres, target_sizes = _centres_and_sizes(reference_boxes)
-        shift = weights[:2] * (target_centres - centres) / sizes
-        stretch = weights[2:] * torch.log(target_sizes / sizes)
+        shift_weights, stretch_weights = self._weights_like(reference_boxes)
+        shift = shift_weights * (target_centres - centres) / sizes
+        stretch = stretch_weights * (target_sizes / sizes).log()
         return torch.cat([shift, stretch], dim=1)
 
     def decode(self, rel_codes: Tensor, boxes: Sequence[Tensor]) -> Tensor:
@@ -303,13 +303,19 @@ class BoxCoder:
         rel_codes = _widened(rel_codes)
         centres, sizes = _centres_and_sizes(boxes.to(rel_codes.dtype))
         codes = rel_codes.reshape(len(boxes), rel_codes.shape[1] // 4, 2, 2)
-        weights = codes.new_tensor(self.weights)
-        centres = codes[:, :, 0] / weights[:2] * sizes[:, None] + centres[:, None]
-        half_sizes = (codes[:, :, 1] / weights[2:]).clamp(max=self.bbox_xform_clip).exp() * sizes[:, None] * 0.5
+        shift_weights, stretch_weights = self._weights_like(codes)
+        centres = codes[:, :, 0] / shift_weights * sizes[:, None] + centres[:, None]
+        half_sizes = (codes[:, :, 1] / stretch_weights).clamp(max=self.bbox_xform_clip).exp() * sizes[:, None] * 0.5
         return torch.cat([centres - half_sizes, centres + half_sizes], dim=2).flatten(1)
+
+    def _weights_like(self, boxes: Tensor) -> tuple[Tensor, ...]:
+        """Weights of the centres and of the sizes, x before y, `(2,)` each, in the boxes' dtype and device."""
+        # Filled there: a copy of a list to a device would make the host wait for it.
+        return torch.cat([boxes.new_full((1,), weight) for weight in self.weights]).split(2)
 
 
 def _centres_and_sizes(boxes: Tensor) -> tuple[Tensor, Tensor]:
     """`(K, 2)` centres and `(K, 2)` sizes, x before y."""
-    sizes = boxes[:, 2:] - boxes[:, :2]
-    return boxes[:, :2] + 0.5 * sizes, sizes
+    low, high = boxes.split(2, dim=1)
+    sizes = high - low
+    return low + 0.5 * sizes, sizes

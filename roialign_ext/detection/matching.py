@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
+
+from .. import _library  # noqa: F401  (loads the compiled operators)
+from .boxes import box_iou
 
 # Pairs of ground truth and proposals that are compared at once, 4 MiB for each temporary.
 _MAX_PAIRS = 2**20
@@ -57,12 +61,18 @@ class Matcher:
             missing = "ground-truth" if match_quality_matrix.shape[0] == 0 else "proposal"
             raise ValueError(f"No {missing} boxes available for one of the images during training")
         quality, best = match_quality_matrix.max(dim=0)
-        matches = best.masked_fill(quality < self.high_threshold, self.BETWEEN_THRESHOLDS)
-        matches = matches.masked_fill(quality < self.low_threshold, self.BELOW_LOW_THRESHOLD)
+        matches = self.of_best(quality, best)
         if self.allow_low_quality_matches:
             is_some_best = (match_quality_matrix == match_quality_matrix.amax(dim=1, keepdim=True)).any(dim=0)
             matches = torch.where(is_some_best, best, matches)
         return matches
+
+    def of_best(self, quality: Tensor, best: Tensor) -> Tensor:
+        """Matches `(N,)` by the best quality `(N,)` of every prediction and the ground truth `(N,)` it is with."""
+        matches = best
+        if self.low_threshold < self.high_threshold:
+            matches = matches.masked_fill(quality < self.high_threshold, self.BETWEEN_THRESHOLDS)
+        return matches.masked_fill(quality < self.low_threshold, self.BELOW_LOW_THRESHOLD)
 
 
 def match_boxes(
@@ -73,8 +83,9 @@ def match_boxes(
 ) -> Tensor:
     """`matcher(similarity(gt_boxes, boxes))` without the whole matrix.
 
-    A matcher that looks at one prediction at a time, as `Matcher` does without low-quality matches, gets the
-    predictions in pieces of at most 2^20 pairs.
+    On a CPU `Matcher` and `box_iou` are one operator that keeps no overlap but the largest. Elsewhere a matcher
+    that looks at one prediction at a time, as `Matcher` does without low-quality matches, gets the predictions in
+    pieces of at most 2^20 pairs.
 
     Args:
         matcher: `(M, N)` -> `(N,)`, as `Matcher`.
@@ -82,10 +93,24 @@ def match_boxes(
         gt_boxes: `(M, 4)`, at least one.
         boxes: `(N, 4)`, at least one.
     """
+    if _can_fuse(matcher, similarity, gt_boxes, boxes):
+        return matcher.of_best(*torch.ops.roialign_ext.match(gt_boxes.detach(), boxes.detach()))
     piece = max(1, _MAX_PAIRS // len(gt_boxes))
     if len(boxes) <= piece or getattr(matcher, "allow_low_quality_matches", True):
         return matcher(similarity(gt_boxes, boxes))
     return torch.cat([matcher(similarity(gt_boxes, part)) for part in boxes.split(piece)])
+
+
+def _can_fuse(matcher: object, similarity: object, gt_boxes: Tensor, boxes: Tensor) -> TypeGuard[Matcher]:
+    return (
+        type(matcher) is Matcher
+        and not matcher.allow_low_quality_matches
+        and similarity is box_iou
+        and boxes.device.type == "cpu"
+        and boxes.dtype == gt_boxes.dtype
+        and boxes.dtype in (torch.float32, torch.float64)
+        and not torch.compiler.is_compiling()
+    )
 
 
 class BalancedPositiveNegativeSampler:
@@ -118,24 +143,35 @@ class BalancedPositiveNegativeSampler:
         Returns:
             Masks `(K_i,)` uint8 of the sampled positives, and of the sampled negatives.
         """
-        kinds = [(labels >= 1, labels == 0) for labels in matched_idxs]
         drawn: tuple[list[Tensor], list[Tensor]] = ([], [])
-        if not kinds:
-            return drawn
-        counts = torch.stack([torch.stack([kind.sum() for kind in pair]) for pair in kinds]).tolist()
-        for (positive, negative), (num_positive, num_negative) in zip(kinds, counts):
-            take_positive = min(num_positive, int(self.batch_size_per_image * self.positive_fraction))
-            take_negative = min(num_negative, self.batch_size_per_image - take_positive)
-            drawn[0].append(_draw(positive, num_positive, take_positive))
-            drawn[1].append(_draw(negative, num_negative, take_negative))
+        for labels, chosen in zip(matched_idxs, self._draw(matched_idxs)):
+            for masks, index in zip(drawn, chosen):
+                masks.append(torch.zeros_like(labels, dtype=torch.uint8).index_fill_(0, index, 1))
+        return drawn
+
+    def indices(self, matched_idxs: Sequence[Tensor]) -> list[Tensor]:
+        """For every image the ascending indices of the samples that a call would mark, positive or negative."""
+        sampled = []
+        for labels, (positive, negative) in zip(matched_idxs, self._draw(matched_idxs)):
+            mask = torch.zeros_like(labels, dtype=torch.bool)
+            mask.index_fill_(0, positive, True).index_fill_(0, negative, True)
+            sampled.append(_positions(mask, len(positive) + len(negative)))
+        return sampled
+
+    def _draw(self, matched_idxs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """For every image the indices of its positive and of its negative samples, in the order of the draw."""
+        kinds = positions([labels >= 1 for labels in matched_idxs] + [labels == 0 for labels in matched_idxs])
+        max_positive = int(self.batch_size_per_image * self.positive_fraction)
+        drawn = []
+        for positive, negative in zip(kinds, kinds[len(matched_idxs) :]):
+            positive = _choice(positive, max_positive)
+            drawn.append((positive, _choice(negative, self.batch_size_per_image - len(positive))))
         return drawn
 
 
-def _draw(candidates: Tensor, count: int, take: int) -> Tensor:
-    """A mask of `take` of the `count` candidates."""
-    chosen = torch.randperm(count, device=candidates.device)[:take]
-    drawn = torch.zeros_like(candidates, dtype=torch.uint8)
-    return drawn.index_fill_(0, positions(candidates, count).index_select(0, chosen), 1)
+def _choice(candidates: Tensor, most: int) -> Tensor:
+    """`most` of the candidates, or all of them, in random order."""
+    return candidates.index_select(0, torch.randperm(len(candidates), device=candidates.device)[:most])
 
 
 def host_waits_for(device: torch.device) -> bool:
@@ -143,8 +179,16 @@ def host_waits_for(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def positions(mask: Tensor, count: int) -> Tensor:
-    """Where a mask of known `count` is true, ascending. Unlike nonzero() it needs nothing from the device."""
+def positions(masks: Sequence[Tensor]) -> list[Tensor]:
+    """For every mask `(K_i,)` the ascending indices where it is true, with one question to the device for all."""
+    if not masks or not host_waits_for(masks[0].device):
+        return [_positions(mask, 0) for mask in masks]
+    counts = torch.stack([mask.sum() for mask in masks]).tolist()
+    return [_positions(mask, count) for mask, count in zip(masks, counts)]
+
+
+def _positions(mask: Tensor, count: int) -> Tensor:
+    """Where a mask is true. On a device it must be so `count` times: unlike nonzero() this asks it for nothing."""
     if not host_waits_for(mask.device):
         return mask.nonzero().squeeze(1)
     found = torch.empty(count + 1, dtype=torch.int64, device=mask.device)

@@ -168,7 +168,7 @@ class RoIHeads(nn.Module):
         )
         if self.has_mask() or self.has_keypoint():
             # Only positives have masks and keypoints.
-            positive = _positions_by_image([label > 0 for label in labels])
+            positive = positions([label > 0 for label in labels])
             samples, matched, labels = (_selected(rows, positive) for rows in (samples, matched, labels))
         if self.has_mask():
             # A loss of the user's may want the masks of all classes.
@@ -289,19 +289,21 @@ class RoIHeads(nn.Module):
         matched, labels = [], []
         for boxes, truth, classes in zip(proposals, gt_boxes, gt_labels):
             if len(truth) == 0:
-                matched.append(torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device))
-                labels.append(matched[-1])
-                continue
-            match = match_boxes(self.proposal_matcher, self.box_similarity, truth, boxes)
+                match = torch.full((len(boxes),), Matcher.BELOW_LOW_THRESHOLD, device=boxes.device)
+            else:
+                match = match_boxes(self.proposal_matcher, self.box_similarity, truth, boxes)
             matched.append(match.clamp(min=0))
-            label = classes.long().index_select(0, matched[-1])
-            label = label.masked_fill(match == Matcher.BELOW_LOW_THRESHOLD, 0)
-            labels.append(label.masked_fill(match == Matcher.BETWEEN_THRESHOLDS, -1))
+            # What is between the thresholds, match -2, background, -1, and objects, from 0 on, by match + 2.
+            classes_by_match = torch.cat([classes.new_full((1,), -1), classes.new_zeros(1), classes])
+            labels.append(classes_by_match.long().index_select(0, match + 2))
         return matched, labels
 
     def subsample(self, labels: Sequence[Tensor]) -> list[Tensor]:
         """For every image the ascending indices that the sampler draws from classes `(K_i,)`."""
-        return _positions_by_image([(pos | neg).bool() for pos, neg in zip(*self.fg_bg_sampler(labels))])
+        sampler = self.fg_bg_sampler
+        if type(sampler) is BalancedPositiveNegativeSampler:
+            return sampler.indices(labels)
+        return positions([(positive | negative).bool() for positive, negative in zip(*sampler(labels))])
 
     # From predictions to detections
 
@@ -351,14 +353,6 @@ def _selected(rows: Sequence[Tensor], index: Sequence[Tensor]) -> list[Tensor]:
     return [row.index_select(0, i) for row, i in zip(rows, index)]
 
 
-def _positions_by_image(masks: Sequence[Tensor]) -> list[Tensor]:
-    """For every image the ascending indices where its mask is true, with one question to the device."""
-    if not masks:
-        return []
-    counts = torch.stack([mask.sum() for mask in masks]).tolist()
-    return [positions(mask, count) for mask, count in zip(masks, counts)]
-
-
 def _split_by(image: Tensor, num_images: int) -> tuple[Tensor, ...]:
     """For every image the ascending indices of its entries in `image`."""
     counts = torch.bincount(image, minlength=num_images).tolist()
@@ -383,11 +377,14 @@ def _check_counts(proposals: Sequence[Tensor], targets: Sequence[Any]) -> None:
 def _check_ground_truth(gt_boxes: Sequence[Tensor]) -> None:
     """A box without width or height has no code: its loss would be infinite or NaN."""
     boxes = torch.cat(list(gt_boxes))
-    wrong = ~((_shorter_side(boxes) > 0) & boxes.isfinite().all(dim=1))
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    # Finite where both ends are; every comparison with NaN is false.
+    right = (sizes > 0) & (sizes < torch.inf)
     if torch.compiler.is_compiling():
         # A graph cannot branch on values; this becomes a RuntimeError when it runs, without image and box.
-        assert (~wrong).all(), "RoIHeads: boxes of `targets` must be finite with x1 < x2 and y1 < y2"
-    elif wrong.any():
+        assert right.all(), "RoIHeads: boxes of `targets` must be finite with x1 < x2 and y1 < y2"
+    elif not right.all():
+        wrong = ~right.all(dim=1)
         row = int(wrong.nonzero()[0])
         image = 0
         while row >= len(gt_boxes[image]):
