@@ -114,7 +114,7 @@ def draw_losses(axes: Axes, state: dict[str, Any]) -> None:
     axes.set(xlabel="step", ylabel="loss", ylim=(0, 1.05 * np.quantile(total, 0.995)), xlim=(0, len(total)))
     other = axes.twinx()
     points = [(e["step"], e["AP50"] or 0) for e in state["evaluations"]]
-    other.plot(*zip(*points), "o-", color="#d1495b", lw=2)
+    other.plot(*zip(*points), "o-", color="#d1495b", lw=2, clip_on=False)
     other.set(ylim=(0, 1.05))
     other.set_ylabel("AP50 on held-out crops", color="#d1495b")
 
