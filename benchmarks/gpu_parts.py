@@ -308,7 +308,9 @@ def count_work(device: str) -> list[dict[str, Any]]:
 
     found = []
     for name, layout, dtype in TABLE[:6]:
-        work = WORKLOADS[name] = replace(WORKLOADS[name], rois_per_image=64, num_images=1, channels=64)
+        work = WORKLOADS[name] = replace(
+            WORKLOADS[name], rois_per_image=64, num_images=1, channels=256 if layout == "channels_last" else 64
+        )
         case = bench.Case(name, layout, dtype, 1, torch.device("cpu"))
         for direction, run in bench.runs(case, bench.ours(case)).items():
             before = emulation.work()
