@@ -341,9 +341,9 @@ def _bisect(reached: Callable[[Tensor], Tensor], num_samples: int, bins: Tensor)
 
 
 def _reach(weights: Tensor) -> slice:
-    """The range of cells that have a weight in any bin."""
+    """The range of cells that have a weight in any bin, and one more: a sample on a grid line moves towards it."""
     cells = weights.detach().ne(0).any(0).nonzero()
-    return slice(int(cells[0]), int(cells[-1]) + 1) if len(cells) > 0 else slice(0, 0)
+    return slice(int(cells[0]), int(cells[-1]) + 2) if len(cells) > 0 else slice(0, 0)
 
 
 def _as_rows(boxes: Tensor | Sequence[Tensor], num_images: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import oracles
 import pytest
 import torch
-from cases import CASES, DTYPES, GRADIENTS, LAYOUTS, VALUES, Case
+from cases import CASE, CASES, DTYPES, GRADIENTS, LAYOUTS, VALUES, Case
 
 from roialign_ext import _library
 
@@ -34,6 +34,24 @@ def test_values_and_gradients_are_the_references(capability, dtype, layout):
         gradients = torch.autograd.grad(output, features, oracles.cotangent(case, dtype))
         for actual, exact, magnitude in zip(gradients, *oracles.gradients(case, dtype)):
             oracles.assert_within(actual, exact, magnitude, GRADIENTS[dtype])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_box_gradients_and_max_pooling_are_the_references(capability, dtype, layout):
+    for name in ("levels-3", "output-3x5", "channels-257", "across-the-border-adaptive-aligned", "padding"):
+        case = CASE[name]
+        features = LAYOUTS[layout](oracles.distinct_features(case, dtype, "max"))
+        features = [feature.detach().requires_grad_() for feature in features]
+        output = oracles.pool(case, features, mode="max")
+        oracles.assert_within(output, *oracles.max_values(case, dtype), VALUES[dtype])
+        found = torch.autograd.grad(output, features, oracles.cotangent(case, dtype))
+        for actual, exact, magnitude in zip(found, *oracles.max_gradients(case, dtype), strict=True):
+            oracles.assert_within(actual, exact, magnitude, GRADIENTS[dtype])
+        boxes = case.rows(oracles.coordinate_dtype(dtype)).requires_grad_()
+        output = oracles.pool(case, LAYOUTS[layout](case.features(dtype)), boxes)
+        (found,) = torch.autograd.grad(output, boxes, oracles.cotangent(case, dtype))
+        oracles.assert_within(found, *oracles.box_gradients(case, dtype), GRADIENTS[found.dtype])
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

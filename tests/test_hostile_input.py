@@ -383,6 +383,131 @@ def raw_operators_check_what_they_are_given(name, device):
     assert not failed, "\n".join(failed)
 
 
+@row
+def boxes_of_any_kind_give_their_rows_a_gradient_or_none(name, device):
+    """Through both modes and both derivatives of each; oracle: by eye, only boxes on the map get a gradient."""
+    bad = [*NOT_FINITE[:-1], (-1, 8, 8, 40, 36), (0, 300, 300, 340, 340), (1, -500, 8, -400, 40)]
+    large = [(0, -size, -size, size, size) for size in (1e6, 1e9, 1e30, 3e38)]
+    if name != "cpu":
+        bad += [(2, 8, 8, 40, 36), (-5, 8, 8, 40, 36), (INF, 8, 8, 40, 36), (1e9, 8, 8, 40, 36)]
+    good = [(0, 8.5, 9.5, 41, 37), (1, 60, 50, 90, 70)]
+    for feature, ratio, aligned in all_ways(device):
+        for mode in ("avg", "max"):
+            boxes = boxes_of([*bad, *large, *good], device).requires_grad_()
+            output = roialign_ext.roi_align(feature, boxes, 3, 0.25, ratio, aligned, mode=mode)
+            weight = torch.ones_like(output)
+            weight[: len(bad)] = NAN
+            grad_boxes, grad_feature = torch.autograd.grad(output, [boxes, feature], weight, create_graph=True)
+            assert not grad_boxes[: len(bad)].any() and grad_boxes.isfinite().all() and not grad_boxes[:, 0].any()
+            assert grad_boxes[-len(good) :, 1:].any(1).all() and grad_feature.isfinite().all()
+            (again,) = torch.autograd.grad(grad_feature, boxes, torch.ones_like(grad_feature))
+            assert not again[: len(bad)].any()
+
+
+@row
+def winners_that_no_forward_wrote_read_nothing(name, device):
+    """Raw operators with any numbers for winners; oracle: by eye, those out of range count for nothing."""
+    for feature, ratio, aligned in all_ways(device):
+        feature, boxes = (
+            feature.detach(),
+            boxes_of([[0, 8, 8, 40, 36], [1, -1e6, 8, 1e6, 30], [-1, 0, 0, 0, 0]], device),
+        )
+        options = ([0.25, 0.25], ratio, aligned, 4, 224.0)
+        layout = torch.channels_last if feature.stride(1) == 1 else torch.contiguous_format
+        weight = torch.ones(3, 5, 3, 3, dtype=feature.dtype, device=device).contiguous(memory_format=layout)
+        for winner in (-1, -2, 10**6, 2**31 - 1, -(2**31)):
+            argmax = torch.full(weight.shape, winner, dtype=torch.int32, device=device)
+            gathered = ops._operators.roi_max_gather([feature], argmax, boxes, None, *options)
+            (grad,) = ops._operators.roi_max_backward(
+                weight, argmax, boxes, None, 2, (16, 20), *options, layout == torch.channels_last
+            )
+            grad_boxes = ops._operators.roi_max_backward_boxes(weight, argmax, [feature], boxes, None, *options)
+            assert not gathered.any() and not grad.any() and not grad_boxes.any()
+
+
+@row
+def raw_operators_of_boxes_and_of_max_check_what_they_are_given(name, device):
+    """As the raw operators above."""
+    feature, boxes = feature_map(device), boxes_of([[0, 8, 8, 40, 36]], device)
+    weight = torch.ones(1, 5, 3, 3, device=device)
+    argmax = torch.zeros(1, 5, 3, 3, dtype=torch.int32, device=device)
+    options, long = ([0.25, 0.25], 2, False, 4, 224.0), torch.zeros(2, dtype=torch.int64, device=device)
+    many = (options[0], 2**16, *options[2:])
+    raw = ops._operators
+
+    def of_boxes(weight=weight, features=(feature,), boxes=boxes, levels=None, options=options):
+        return raw.roi_align_backward_boxes(weight, list(features), boxes, levels, *options)
+
+    def tangent(tangents=boxes, boxes=boxes, size=(3, 3)):
+        return raw.roi_align_tangent([feature], boxes, tangents, None, size, *options)
+
+    def forward(boxes=boxes, size=(3, 3), options=options, features=(feature,)):
+        return raw.roi_max_forward(list(features), boxes, None, size, *options)
+
+    def gather(argmax=argmax, boxes=boxes, features=(feature,), options=options):
+        return raw.roi_max_gather(list(features), argmax, boxes, None, *options)
+
+    def backward(weight=weight, argmax=argmax, boxes=boxes, images=2, sizes=(16, 20), options=options):
+        return raw.roi_max_backward(weight, argmax, boxes, None, images, sizes, *options, False)
+
+    def max_of_boxes(weight=weight, argmax=argmax, features=(feature,), boxes=boxes, options=options):
+        return raw.roi_max_backward_boxes(weight, argmax, list(features), boxes, None, *options)
+
+    wrong = []
+    for call in (of_boxes, tangent, forward, gather, backward, max_of_boxes):
+        call()
+        wrong += [
+            (ValueError, functools.partial(call, boxes=boxes[:, 1:])),
+            (ValueError, functools.partial(call, boxes=boxes[0])),
+            (ValueError, functools.partial(call, boxes=boxes[0, 0])),
+            (TypeError, functools.partial(call, boxes=boxes.long())),
+        ]
+        if name == "cpu":
+            wrong.append((IndexError, functools.partial(call, boxes=boxes + boxes_of([2, 0, 0, 0, 0], device))))
+    for call in (of_boxes, backward, max_of_boxes):
+        wrong += [
+            (ValueError, functools.partial(call, weight=weight[0])),
+            (ValueError, functools.partial(call, weight=weight.expand(2, 5, 3, 3))),
+            (ValueError, functools.partial(call, weight=weight[:, :4])),
+            (TypeError, functools.partial(call, weight=weight.long())),
+        ]
+    for call in (gather, backward, max_of_boxes):
+        wrong += [
+            (ValueError, functools.partial(call, argmax=argmax[0])),
+            (ValueError, functools.partial(call, argmax=argmax[:, :4])),
+            (ValueError, functools.partial(call, argmax=argmax.expand(2, 5, 3, 3))),
+            (TypeError, functools.partial(call, argmax=argmax.long())),
+            (ValueError, functools.partial(call, options=many)),
+        ]
+    for call in (of_boxes, forward, gather, max_of_boxes):
+        wrong += [
+            (ValueError, functools.partial(call, features=[])),
+            (ValueError, functools.partial(call, features=[feature[0]])),
+            (ValueError, functools.partial(call, options=([0.25], *options[1:]))),
+        ]
+    wrong += [
+        (ValueError, functools.partial(of_boxes, levels=long)),
+        (TypeError, functools.partial(of_boxes, weight=weight.double())),
+        (TypeError, functools.partial(max_of_boxes, weight=weight.double())),
+        (ValueError, functools.partial(backward, argmax=argmax[:, :, :2])),
+        (ValueError, functools.partial(max_of_boxes, argmax=argmax[:, :, :2])),
+        (ValueError, functools.partial(backward, sizes=(16,))),
+        (ValueError, functools.partial(backward, images=-1)),
+        (ValueError, functools.partial(tangent, tangents=boxes[:, 1:])),
+        (TypeError, functools.partial(tangent, tangents=boxes.long())),
+        (ValueError, functools.partial(tangent, size=(0, 3))),
+        (ValueError, functools.partial(forward, size=(0, 3))),
+        (ValueError, functools.partial(forward, options=many)),
+    ]
+    failed = []
+    for index, (kind, call) in enumerate(wrong):
+        try:
+            assert_raises(kind, r"^(multiscale_)?roi_align: .*, got ", call)
+        except Exception as error:
+            failed.append(f"{index}: {call.func.__name__}({[*call.keywords]}): {type(error).__name__}: {error}")
+    assert not failed, "\n".join(failed)
+
+
 def run_rows(device_name: str, names: list[str]) -> None:
     """The child."""
     if device_name == "emulated":

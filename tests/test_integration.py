@@ -78,6 +78,29 @@ class TestOperators:
         arguments = (weight, case.rows().to(device), levels, case.images, sizes, *self.options(case), channels_last)
         torch.library.opcheck(torch.ops.roialign_ext.roi_align_backward.default, arguments)
 
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+    @pytest.mark.parametrize("name", NAMES[:-1])
+    def test_boxes_and_max(self, name, dtype, memory_format, device):
+        case, raw = CASE[name], torch.ops.roialign_ext
+        features = [f.to(device).contiguous(memory_format=memory_format) for f in case.features(dtype)]
+        levels = case.level_tensor()
+        boxes, levels = case.rows().to(device), None if levels is None else levels.to(device)
+        size, options = list(case.output_size), self.options(case)
+        sizes, last = [n for shape in case.maps for n in shape], memory_format == torch.channels_last
+        weight = oracles.cotangent(case, dtype).to(device)
+        _, argmax = raw.roi_max_forward(features, boxes, levels, size, *options)
+        for operator, arguments in (
+            (raw.roi_align_backward_boxes, (weight, features, boxes, levels)),
+            (raw.roi_align_tangent, (features, boxes, boxes, levels, size)),
+            (raw.roi_max_forward, (features, boxes, levels, size)),
+            (raw.roi_max_gather, (features, argmax, boxes, levels)),
+            (raw.roi_max_backward_boxes, (weight, argmax, features, boxes, levels)),
+        ):
+            torch.library.opcheck(operator.default, (*arguments, *options))
+        arguments = (weight, argmax, boxes, levels, case.images, sizes, *options, last)
+        torch.library.opcheck(raw.roi_max_backward.default, arguments)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
     def test_assign_levels(self, dtype, device):
         boxes = torch.tensor(proposals(20, 128, 160), dtype=dtype)[:, 1:].to(device)
