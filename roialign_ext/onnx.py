@@ -84,20 +84,18 @@ def _roi_align_forward(
     canonical_level: int,
     canonical_scale: float,
 ) -> Any:
-    from onnxscript import opset18 as op
-    from onnxscript.ir import DataType
-
+    op, types = _opset(), _types()
     if any(not isinstance(size, int) for size in output_size):
         raise ValueError(f"roi_align: `output_size` must be known for ONNX, got {output_size}")
     stored = features[0].dtype
-    wide = DataType.DOUBLE in (stored, boxes.dtype)
-    computed = DataType.DOUBLE if wide else DataType.FLOAT  # of halves too, as in the kernels
+    wide = types.DOUBLE in (stored, boxes.dtype)
+    computed = types.DOUBLE if wide else types.FLOAT  # of halves too, as in the kernels
     boxes = op.Cast(boxes, to=computed)
     image, corners = _columns(boxes)
     known = _finite(boxes, wide)
     known = op.And(known, op.Greater(image, op.CastLike(op.Constant(value_float=-1.0), image)))
     if levels is not None:
-        level = op.Cast(levels, to=DataType.INT64)
+        level = op.Cast(levels, to=types.INT64)
     elif len(features) == 1:
         level = None
     else:
@@ -127,7 +125,7 @@ def _roi_align_forward(
         pooled = op.RoiAlign(
             op.Cast(feature, to=computed),
             rois,
-            op.Cast(op.Gather(image, row), to=DataType.INT64),
+            op.Cast(op.Gather(image, row), to=types.INT64),
             coordinate_transformation_mode="half_pixel" if aligned else "output_half_pixel",
             mode="avg",
             output_height=output_size[0],
@@ -142,19 +140,16 @@ def _roi_align_forward(
 def _assign_levels(
     boxes: Any, num_levels: int, k_min: int, canonical_level: int, canonical_scale: float, eps: float
 ) -> Any:
-    from onnxscript import opset18 as op
-    from onnxscript.ir import DataType
-
-    wide = boxes.dtype == DataType.DOUBLE
-    boxes = op.Cast(boxes, to=DataType.DOUBLE if wide else DataType.FLOAT)
+    op, types = _opset(), _types()
+    wide = boxes.dtype == types.DOUBLE
+    boxes = op.Cast(boxes, to=types.DOUBLE if wide else types.FLOAT)
     level = _level(boxes, wide, num_levels, k_min, canonical_level, canonical_scale, eps)
     return op.Where(_finite(boxes, wide), level, op.Constant(value_int=-1))
 
 
 def _columns(boxes: Any) -> tuple[Any, Any]:
     """The image `[K]` and the corners `[K, 4]` of rows `[K, 5]`."""
-    from onnxscript import opset18 as op
-
+    op = _opset()
     return tuple(
         op.Gather(boxes, op.Constant(**which), axis=1) for which in ({"value_int": 0}, {"value_ints": [1, 2, 3, 4]})
     )
@@ -162,28 +157,24 @@ def _columns(boxes: Any) -> tuple[Any, Any]:
 
 def _finite(rows: Any, wide: bool) -> Any:
     """Whether all numbers of a row are finite."""
-    from onnxscript import opset18 as op
-    from onnxscript.ir import DataType
-
+    op, types = _opset(), _types()
     largest = torch.finfo(torch.float64 if wide else torch.float32).max
     finite = op.LessOrEqual(op.Abs(rows), _number(largest, wide))  # false for NaN
     return op.Cast(
-        op.ReduceMin(op.Cast(finite, to=DataType.INT32), op.Constant(value_ints=[1]), keepdims=0),
-        to=DataType.BOOL,
+        op.ReduceMin(op.Cast(finite, to=types.INT32), op.Constant(value_ints=[1]), keepdims=0),
+        to=types.BOOL,
     )
 
 
 def _sides(corners: Any) -> tuple[Any, Any]:
     """Widths and heights `[K]`."""
-    from onnxscript import opset18 as op
-
+    op = _opset()
     x1, y1, x2, y2 = (op.Gather(corners, op.Constant(value_int=column), axis=1) for column in range(4))
     return op.Sub(x2, x1), op.Sub(y2, y1)
 
 
 def _upright(corners: Any) -> Any:
-    from onnxscript import opset18 as op
-
+    op = _opset()
     zero = op.CastLike(op.Constant(value_float=0.0), corners)
     width, height = _sides(corners)
     return op.And(op.GreaterOrEqual(width, zero), op.GreaterOrEqual(height, zero))
@@ -199,16 +190,14 @@ def _level(
     eps: float,
 ) -> Any:
     """The FPN rule as comparisons with the areas where it changes; -1 for a negative area. `[K]` int64."""
-    from onnxscript import opset18 as op
-    from onnxscript.ir import DataType
-
+    op, types = _opset(), _types()
     width, height = _sides(corners)
     area = op.Mul(width, height)
     negative = op.Less(area, op.CastLike(op.Constant(value_float=0.0), area))
-    level = op.Neg(op.Cast(negative, to=DataType.INT64))
+    level = op.Neg(op.Cast(negative, to=types.INT64))
     for smallest in _areas_of_levels(wide, num_levels, k_min, canonical_level, canonical_scale, eps):
         if math.isfinite(smallest):
-            level = op.Add(level, op.Cast(op.GreaterOrEqual(area, _number(smallest, wide)), to=DataType.INT64))
+            level = op.Add(level, op.Cast(op.GreaterOrEqual(area, _number(smallest, wide)), to=types.INT64))
     return level
 
 
@@ -235,7 +224,20 @@ def _areas_of_levels(
 
 
 def _number(value: float, wide: bool) -> Any:
-    from onnxscript import ir
-    from onnxscript import opset18 as op
+    import onnxscript.ir
 
-    return op.Constant(value=ir.tensor(value, dtype=ir.DataType.DOUBLE if wide else ir.DataType.FLOAT))
+    data_type = _types()
+    return _opset().Constant(value=onnxscript.ir.tensor(value, dtype=data_type.DOUBLE if wide else data_type.FLOAT))
+
+
+def _opset() -> Any:
+    """ONNX's operators as functions. Any: onnxscript's annotations speak of the values that flow later."""
+    import onnxscript
+
+    return onnxscript.opset18
+
+
+def _types() -> Any:
+    import onnxscript.ir
+
+    return onnxscript.ir.DataType

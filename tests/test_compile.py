@@ -61,6 +61,7 @@ class TestOperators:
         groups = torch.arange(count) % 3 if grouped else None
         torch.library.opcheck(torch.ops.roialign_ext.nms.default, (boxes, torch.rand(count), groups, 0.5))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
     @pytest.mark.parametrize("name", ["levels-3", "padding", "levels-given", "no-boxes"])
     def test_pooling(self, name, channels_last):
@@ -98,8 +99,15 @@ class TestOperators:
 
 
 class TestPooler:
-    @pytest.mark.parametrize("mode", ["avg", "max"])
-    @pytest.mark.parametrize("moving_boxes", [False, True], ids=["boxes", "moving-boxes"])
+    @pytest.mark.parametrize(
+        ("mode", "moving_boxes"),
+        [
+            pytest.param("avg", False, id="avg"),
+            pytest.param("avg", True, id="avg-boxes", marks=pytest.mark.slow),
+            pytest.param("max", False, id="max", marks=pytest.mark.slow),
+            pytest.param("max", True, id="max-boxes", marks=pytest.mark.slow),
+        ],
+    )
     def test_values_and_gradients(self, mode, moving_boxes):
         def call(rows, *features):
             return roialign_ext.multiscale_roi_align(
@@ -117,7 +125,7 @@ class TestPooler:
             for one, other in zip(found, torch.autograd.grad(call(*leaves), of, cotangent)):
                 assert torch.equal(one, other)
 
-    @pytest.mark.parametrize("num_levels", range(1, 6))
+    @pytest.mark.parametrize("num_levels", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4, 5))])
     def test_without_gradients_for_any_number_of_levels(self, num_levels):
         """torch.compile counts the inputs of an autograd Function whose inputs need no gradient."""
         scales = [0.5**level for level in range(num_levels)]
@@ -162,7 +170,8 @@ def training_step(heads: nn.Module, inputs: tuple) -> list[Tensor]:
 
 
 class TestTraining:
-    @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
     def test_pooler_and_head(self, backend):
         model = Detector()
         program = compiled(model, backend)
