@@ -305,6 +305,7 @@ def _greatest(feature: Tensor, y: _Samples, x: _Samples) -> Tensor:
     def at(samples: _Samples, axis: int, values: Tensor, position: Tensor) -> Tensor:
         # Cells of no weight are not read: a NaN or an infinity there is not this sample's.
         low, high, fraction = _taps(position, samples.cells)
+        low, high = low - first[axis], high - first[axis]
         shape = [-1 if i == axis else 1 for i in range(values.ndim)]
         left, right, fraction = values.index_select(axis, low), values.index_select(axis, high), fraction.view(shape)
         # A sum, not a choice, for the derivative: a sample on a grid line moves towards its right neighbour.
@@ -315,13 +316,16 @@ def _greatest(feature: Tensor, y: _Samples, x: _Samples) -> Tensor:
         # The bin's samples along the axis; those outside the map are 0, and one of a run of them stands for all.
         inside = samples.is_on_map[bin]
         found = at(samples, axis, values, samples.position[bin][inside])
-        outside = torch.zeros_like(values.narrow(axis, 0, 1))
+        outside = values.new_zeros([1 if i == axis else size for i, size in enumerate(values.shape)])
         before = int(samples.skipped[bin]) + int((~inside).cumprod(0).sum())
         if len(inside) == 0 or not bool(inside.any()):
             return outside
         after = samples.count - before - found.shape[axis]
         return torch.cat([outside] * (before > 0) + [found] + [outside] * (after > 0), axis)
 
+    reach_y, reach_x = _reach(_axis_weights(y)), _reach(_axis_weights(x))
+    first = {1: reach_y.start, 2: reach_x.start}
+    feature = feature[:, reach_y, reach_x]
     rows = [in_order(y, p, 1, feature) for p in range(y.num_bins)]
     bins = [[in_order(x, q, 2, row).flatten(1) for q in range(x.num_bins)] for row in rows]
     # max() of a dimension gives the first of equals, and NaN where there is one.

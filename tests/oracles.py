@@ -121,17 +121,17 @@ def _max_pooled(case: Case, coordinates: torch.dtype) -> dict[torch.dtype, tuple
     pooled = pool_by_reference(case, maps, coordinates, mode="max")
     values = pooled.detach().split(case.channels, 1)
 
-    def passed_back(i: int, weight: Tensor) -> list[Tensor]:
-        output = pooled.narrow(1, i * case.channels, case.channels)
-        found = torch.autograd.grad(output, maps, weight, retain_graph=True)
-        return [gradient.narrow(1, i * case.channels, case.channels) for gradient in found]
-
-    result = {}
-    for i, dtype in enumerate(dtypes):
-        weight = cotangent(case, dtype).double()
-        gradients = passed_back(i, weight), passed_back(i, weight.abs())
-        result[dtype] = (values[i], values[len(dtypes) + i]), gradients
-    return result
+    # Channels do not mix, so one pass back serves all dtypes.
+    weights = torch.cat([cotangent(case, dtype).double() for dtype in dtypes], 1)
+    output = pooled[:, : weights.shape[1]]
+    gradients, bounds = (
+        [grad.split(case.channels, 1) for grad in torch.autograd.grad(output, maps, weight, retain_graph=True)]
+        for weight in (weights, weights.abs())
+    )
+    return {
+        dtype: ((values[i], values[len(dtypes) + i]), ([g[i] for g in gradients], [g[i] for g in bounds]))
+        for i, dtype in enumerate(dtypes)
+    }
 
 
 @functools.cache

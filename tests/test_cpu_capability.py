@@ -39,7 +39,7 @@ def test_values_and_gradients_are_the_references(capability, dtype, layout):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_box_gradients_and_max_pooling_are_the_references(capability, dtype, layout):
-    for name in ("levels-3", "output-3x5", "channels-257", "across-the-border-adaptive-aligned", "padding"):
+    for name in ("levels-3", "output-3x5", "channels-64", "across-the-border-adaptive-aligned", "padding"):
         case = CASE[name]
         features = LAYOUTS[layout](oracles.distinct_features(case, dtype, "max"))
         features = [feature.detach().requires_grad_() for feature in features]

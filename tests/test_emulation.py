@@ -255,7 +255,16 @@ def pytest_run(selection: list[str], environment: dict[str, str]) -> subprocess.
 class TestSanitizers:
     """The table of cases under AddressSanitizer, a redzone round every tensor, and UndefinedBehaviorSanitizer."""
 
-    @pytest.mark.parametrize("file", ["test_values.py", "test_gradients.py", "test_hostile_input.py"])
+    @pytest.mark.parametrize(
+        "file",
+        [
+            "test_values.py",
+            "test_gradients.py",
+            "test_box_gradients.py",
+            "test_max_pooling.py",
+            "test_hostile_input.py",
+        ],
+    )
     def test_every_emulated_test(self, file):
         emulation.build(sanitize=True)
         # With a thousand boxes the reference takes minutes here; TestRepeatable runs them without it.

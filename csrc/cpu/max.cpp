@@ -19,19 +19,22 @@ struct SampleTable {
   struct Bin {
     Range range;
     int offset;
+    double share;  // of one sample in size()
     int size() const { return range.end - range.begin; }
   };
   const Axis<acc_t>* axis = nullptr;
   std::vector<Bin> bins;
   std::vector<Sample<acc_t>> samples;
 
-  void make(const Axis<acc_t>& axis_) {
+  // Inlined into a kernel that fuses multiplications with additions, it would place samples an ulp elsewhere than the
+  // rest of the code does.
+  __attribute__((noinline)) void make(const Axis<acc_t>& axis_) {
     axis = &axis_;
     bins.clear();
     samples.clear();
     for (int bin = 0; bin < axis->num_bins; ++bin) {
       const Range range = samples_near(*axis, bin, 0, axis->size - 1);
-      bins.push_back({range, static_cast<int>(samples.size())});
+      bins.push_back({range, static_cast<int>(samples.size()), 1.0 / std::max(range.end - range.begin, 1)});
       for (int i = range.begin; i < range.end; ++i) {
         samples.push_back(sample_at(*axis, bin, i));
       }
@@ -58,7 +61,8 @@ struct SampleGrid {
     if (winner < 0 || winner >= int64_t(bin_y.size()) * bin_x.size()) {
       return;
     }
-    const int i = winner / bin_x.size(), j = winner % bin_x.size();
+    // A division of integers would be the most of this; half a sample from the next integer this one is exact.
+    const int i = static_cast<int>((winner + 0.5) * bin_x.share), j = winner - i * bin_x.size();
     const Sample<acc_t>&sample_y = y.samples[bin_y.offset + i], &sample_x = x.samples[bin_x.offset + j];
     if (sample_y.low >= 0 && sample_x.low >= 0) {
       read(sample_y, sample_x, bin_y.range.begin + i, bin_x.range.begin + j);
@@ -218,8 +222,9 @@ void roi_max_backward(const MaxParams<scalar_t, box_t>& params, const ParallelFo
   const auto placed = place(params);
   const PooledStrides strides = pooled_strides(params);
   const int num_levels = params.rule.num_levels;
-  // Neighbouring channels of channels_last maps fill a cache line; planes of NCHW ones share the cache.
-  const int64_t most_channels = params.channels_last ? 16 : 8;
+  // Neighbouring channels of channels_last maps share cache lines and the taps of a RoI; planes of NCHW ones the cache.
+  const int64_t most_channels = params.channels_last ? 64 : 8;
+  const bool in_place = std::is_same_v<scalar_t, acc_t>;
   struct Piece {
     int64_t map, first_channel, last_channel;
   };
@@ -227,7 +232,8 @@ void roi_max_backward(const MaxParams<scalar_t, box_t>& params, const ParallelFo
   for (int64_t map = 0; map < int64_t(params.num_images) * num_levels; ++map) {
     const auto& level = params.levels[map % num_levels];
     const int64_t plane_bytes = int64_t(level.height) * level.width * sizeof(acc_t) + 1;
-    const int64_t step = std::min(std::max<int64_t>(kBufferBytes / plane_bytes, 1), most_channels);
+    const int64_t step =
+        in_place ? most_channels : std::min(std::max<int64_t>(kBufferBytes / plane_bytes, 1), most_channels);
     for (int64_t c = 0; c < params.num_channels; c += step) {
       pieces.push_back({map, c, std::min<int64_t>(c + step, params.num_channels)});
     }

@@ -29,6 +29,26 @@ struct Greatest {
   }
 };
 
+// What a row of samples reads of one column of cells.
+template <bool kChannelsLast, typename acc_t, int kVectors>
+struct Column {
+  int cell = -1;
+  Vector<acc_t> value[kVectors];
+
+  // `line` is the row above the samples. A cell without a share is not read, whatever stands in it.
+  template <typename scalar_t>
+  void load(int column, const Sample<acc_t>& y, const scalar_t* line, const FeatureLevel<scalar_t>& level, int lanes) {
+    const scalar_t* cells = line + column * level.stride_w;
+    cell = column;
+    for (int v = 0; v < kVectors; ++v, cells += kLanes<acc_t> * level.stride_c) {
+      value[v] = (acc_t(1) - y.fraction) * load_channels<kChannelsLast, acc_t>(cells, level.stride_c, lanes);
+      if (y.fraction != acc_t(0)) {
+        value[v] += y.fraction * load_channels<kChannelsLast, acc_t>(cells + level.stride_h, level.stride_c, lanes);
+      }
+    }
+  }
+};
+
 // One bin of kVectors vectors of channels, the last `lanes` wide. `map` is at the first channel.
 template <bool kChannelsLast, int kVectors, typename acc_t, typename scalar_t>
 inline Greatest<acc_t, kVectors> greatest_of_bin(const SampleGrid<acc_t>& grid, int p, int q,
@@ -43,27 +63,24 @@ inline Greatest<acc_t, kVectors> greatest_of_bin(const SampleGrid<acc_t>& grid, 
   int index = 0;
   for (int i = 0; i < bin_y.size(); ++i) {
     const Sample<acc_t>& y = grid.y.samples[bin_y.offset + i];
+    const scalar_t* line = map + y.low * level.stride_h;
+    Column<kChannelsLast, acc_t, kVectors> left, right;
     for (int j = 0; j < bin_x.size(); ++j, ++index) {
       const Sample<acc_t>& x = grid.x.samples[bin_x.offset + j];
       Vector<acc_t> sums[kVectors] = {};
       if (y.low >= 0 && x.low >= 0) {
-        // The first cell starts the sum: a map of zeros of one sign keeps it.
-        const scalar_t* cells = map + y.low * level.stride_h + x.low * level.stride_w;
-        const bool has_right = x.fraction != acc_t(0), has_below = y.fraction != acc_t(0);
-        const acc_t right = x.fraction, left = acc_t(1) - right, below = y.fraction, above = acc_t(1) - below;
-        for (int v = 0; v < kVectors; ++v, cells += kL * level.stride_c) {
-          const auto cell = [&](int64_t offset) {
-            return load_channels<kChannelsLast, acc_t>(cells + offset, level.stride_c, lanes);
-          };
-          sums[v] = above * left * cell(0);
+        // Neighbouring samples share columns: two are kept, blended between their rows.
+        if (left.cell != x.low) {
+          right.cell == x.low ? static_cast<void>(left = right) : left.load(x.low, y, line, level, lanes);
+        }
+        const bool has_right = x.fraction != acc_t(0);
+        if (has_right && right.cell != x.low + 1) {
+          right.load(x.low + 1, y, line, level, lanes);
+        }
+        for (int v = 0; v < kVectors; ++v) {
+          sums[v] = (acc_t(1) - x.fraction) * left.value[v];
           if (has_right) {
-            sums[v] += above * right * cell(level.stride_w);
-          }
-          if (has_below) {
-            sums[v] += below * left * cell(level.stride_h);
-            if (has_right) {
-              sums[v] += below * right * cell(level.stride_h + level.stride_w);
-            }
+            sums[v] += x.fraction * right.value[v];
           }
         }
       }
