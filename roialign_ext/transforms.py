@@ -5,10 +5,31 @@ A batch of calls is one call with more rows and more images, so `vmap` costs one
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+
+class _AsGiven(inspect.Signature):
+    """The signature of a function that is only called with all of its arguments, by position."""
+
+    def __init__(self) -> None:
+        super().__init__([inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)])
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        return _Bound(args)
+
+
+class _Bound:
+    """What `bind` returns, as far as Function.apply looks at it."""
+
+    def __init__(self, args: tuple) -> None:
+        self.args = args
+
+    def apply_defaults(self) -> None:
+        pass
 
 
 class Function(torch.autograd.Function):
@@ -28,6 +49,8 @@ class Function(torch.autograd.Function):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # Function.apply binds its arguments to this at every call, which took as long as all else that a call costs.
+        cls.forward.__signature__ = _AsGiven()  # type: ignore[attr-defined]
         if "jvp" not in cls.__dict__:
             cls.with_jvp = _with_jvp(cls) if hasattr(cls, "tangent") else cls
 
