@@ -18,18 +18,8 @@ class _AsGiven(inspect.Signature):
     def __init__(self) -> None:
         super().__init__([inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)])
 
-    def bind(self, *args: Any, **kwargs: Any) -> Any:
-        return _Bound(args)
-
-
-class _Bound:
-    """What `bind` returns, as far as Function.apply looks at it."""
-
-    def __init__(self, args: tuple) -> None:
-        self.args = args
-
-    def apply_defaults(self) -> None:
-        pass
+    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        return inspect.BoundArguments(self, {"inputs": args})
 
 
 class Function(torch.autograd.Function):
