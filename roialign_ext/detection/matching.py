@@ -133,7 +133,7 @@ class BalancedPositiveNegativeSampler:
 
 def _draw(candidates: Tensor, count: int, take: int) -> Tensor:
     """A mask of `take` of the `count` candidates."""
-    chosen = torch.randperm(count, device=candidates.device)[:take]
+    chosen = torch.randperm(count, device=candidates.device).narrow(0, 0, take)
     drawn = torch.zeros_like(candidates, dtype=torch.uint8)
     return drawn.index_fill_(0, positions(candidates, count).index_select(0, chosen), 1)
 
