@@ -5,12 +5,23 @@ A batch of calls is one call with more rows and more images, so `vmap` costs one
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from . import _library
+
+
+class _AsGiven(inspect.Signature):
+    """The signature of a function that is only called with all of its arguments, by position."""
+
+    def __init__(self) -> None:
+        super().__init__([inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)])
+
+    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        return inspect.BoundArguments(self, {"inputs": args})
 
 
 class Function(torch.autograd.Function):
@@ -30,6 +41,8 @@ class Function(torch.autograd.Function):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # Function.apply binds its arguments to this at every call, which took as long as all else that a call costs.
+        cls.forward.__signature__ = _AsGiven()  # type: ignore[attr-defined]
         if "jvp" not in cls.__dict__:
             cls.with_jvp = _with_jvp(cls) if hasattr(cls, "tangent") else cls
 

@@ -48,7 +48,9 @@ def batch_of(counts: tuple[int, int], median: float) -> tuple[Tensor, list[Tenso
     """Two images and their boxes; a small median leaves the coarse map without any."""
     torch.manual_seed(3)
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
-    rows = torch.tensor(proposals(sum(counts), 64, 96, seed=4, median=median), dtype=torch.float64)[:, 1:]
+    rows = torch.tensor(proposals(sum(counts), 64, 96, seed=4, median=median), dtype=torch.float64).reshape(-1, 5)[
+        :, 1:
+    ]
     if median < 10:
         rows[:, 2:] = torch.minimum(rows[:, 2:], rows[:, :2] + 12)
     return images, list(rows.split(counts))

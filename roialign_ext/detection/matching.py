@@ -171,7 +171,8 @@ class BalancedPositiveNegativeSampler:
 
 def _choice(candidates: Tensor, most: int) -> Tensor:
     """`most` of the candidates, or all of them, in random order."""
-    return candidates.index_select(0, torch.randperm(len(candidates), device=candidates.device)[:most])
+    count = len(candidates)
+    return candidates.index_select(0, torch.randperm(count, device=candidates.device).narrow(0, 0, min(count, most)))
 
 
 def host_waits_for(device: torch.device) -> bool:
