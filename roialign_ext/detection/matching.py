@@ -133,6 +133,8 @@ class BalancedPositiveNegativeSampler:
     def __init__(self, batch_size_per_image: int, positive_fraction: float) -> None:
         self.batch_size_per_image = batch_size_per_image
         self.positive_fraction = positive_fraction
+        # Once: torch.compile makes a variable of a fraction that it meets, and Inductor loses it in what it checks.
+        self._max_positive = int(batch_size_per_image * positive_fraction)
 
     def __call__(self, matched_idxs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Sample every image.
@@ -161,10 +163,9 @@ class BalancedPositiveNegativeSampler:
     def _draw(self, matched_idxs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """For every image the indices of its positive and of its negative samples, in the order of the draw."""
         kinds = positions([labels >= 1 for labels in matched_idxs] + [labels == 0 for labels in matched_idxs])
-        max_positive = int(self.batch_size_per_image * self.positive_fraction)
         drawn = []
         for positive, negative in zip(kinds, kinds[len(matched_idxs) :]):
-            positive = _choice(positive, max_positive)
+            positive = _choice(positive, self._max_positive)
             drawn.append((positive, _choice(negative, self.batch_size_per_image - len(positive))))
         return drawn
 
