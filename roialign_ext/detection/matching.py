@@ -101,6 +101,12 @@ def match_boxes(
     return torch.cat([matcher(similarity(gt_boxes, part)) for part in boxes.split(piece)])
 
 
+@torch.library.register_fake("roialign_ext::match")
+def _(ground_truth, boxes):
+    overlap = boxes.new_empty(len(boxes), dtype=torch.promote_types(boxes.dtype, torch.float32))
+    return overlap, overlap.new_empty(len(boxes), dtype=torch.int64)
+
+
 def _can_fuse(matcher: object, similarity: object, gt_boxes: Tensor, boxes: Tensor) -> TypeGuard[Matcher]:
     return (
         type(matcher) is Matcher
