@@ -61,6 +61,10 @@ class TestOperators:
         groups = torch.arange(count) % 3 if grouped else None
         torch.library.opcheck(torch.ops.roialign_ext.nms.default, (boxes, torch.rand(count), groups, 0.5))
 
+    def test_match(self):
+        boxes = torch.tensor(proposals(30, 64, 96, median=30.0)).reshape(-1, 5)[:, 1:]
+        torch.library.opcheck(torch.ops.roialign_ext.match.default, (boxes[:7], boxes))
+
     @pytest.mark.slow
     @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
     @pytest.mark.parametrize("name", ["levels-3", "padding", "levels-given", "no-boxes"])
@@ -90,7 +94,7 @@ class TestOperators:
 
     def test_none_is_forgotten(self):
         """Oracle: the names of the operators that opcheck is given, here and in test_integration.py."""
-        checked = {"nms", "assign_levels"} | {
+        checked = {"nms", "match", "assign_levels"} | {
             f"roi_{kind}" for kind in ("align_forward", "align_backward", "align_backward_boxes", "align_tangent")
         }
         checked |= {f"roi_max_{kind}" for kind in ("forward", "gather", "backward", "backward_boxes")}

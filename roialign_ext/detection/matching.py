@@ -101,6 +101,11 @@ def match_boxes(
     return torch.cat([matcher(similarity(gt_boxes, part)) for part in boxes.split(piece)])
 
 
+@torch.library.register_fake("roialign_ext::match")
+def _(gt_boxes, boxes):
+    return boxes.new_empty(boxes.shape[0]), boxes.new_empty(boxes.shape[0], dtype=torch.int64)
+
+
 def _can_fuse(matcher: object, similarity: object, gt_boxes: Tensor, boxes: Tensor) -> TypeGuard[Matcher]:
     return (
         type(matcher) is Matcher
@@ -109,7 +114,6 @@ def _can_fuse(matcher: object, similarity: object, gt_boxes: Tensor, boxes: Tens
         and boxes.device.type == "cpu"
         and boxes.dtype == gt_boxes.dtype
         and boxes.dtype in (torch.float32, torch.float64)
-        and not torch.compiler.is_compiling()
     )
 
 
