@@ -228,7 +228,7 @@ class _Samples(NamedTuple):
     position: Tensor  # in cells, as the coordinates' dtype
     is_on_map: Tensor  # which of `position` are samples of their bin, on the map
     skipped: Tensor  # (num_bins, 1), how many samples of the bin lie before the first in `position`
-    count: int  # samples of a bin in all
+    num_samples: int  # of a bin in all
     num_bins: int
     cells: int  # of the map
 
@@ -281,7 +281,7 @@ def _axis_weights(samples: _Samples) -> Tensor:
     weights = fraction.new_zeros((samples.num_bins, samples.cells))
     weights = weights.index_put((owner, low), 1 - fraction, accumulate=True)
     weights = weights.index_put((owner, high), fraction, accumulate=True)
-    return weights / samples.count
+    return weights / samples.num_samples
 
 
 def _taps(position: Tensor, cells: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -320,7 +320,7 @@ def _greatest(feature: Tensor, y: _Samples, x: _Samples) -> Tensor:
         before = int(samples.skipped[bin]) + int((~inside).cumprod(0).sum())
         if len(inside) == 0 or not bool(inside.any()):
             return outside
-        after = samples.count - before - found.shape[axis]
+        after = samples.num_samples - before - found.shape[axis]
         return torch.cat([outside] * (before > 0) + [found] + [outside] * (after > 0), axis)
 
     reach_y, reach_x = _reach(_axis_weights(y)), _reach(_axis_weights(x))

@@ -115,7 +115,6 @@ def _can_fuse(matcher: object, similarity: object, gt_boxes: Tensor, boxes: Tens
         and boxes.device.type == "cpu"
         and boxes.dtype == gt_boxes.dtype
         and boxes.dtype in (torch.float32, torch.float64)
-        and not torch.compiler.is_compiling()
     )
 
 
