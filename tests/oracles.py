@@ -179,9 +179,9 @@ def _box_magnitude(case: Case, coordinates: torch.dtype, maps: list[Tensor], wei
             for cells in (left, right):
                 step.index_put_((owner, cells), torch.ones(len(owner), dtype=torch.float64), accumulate=True)
             # Of the mean every sample has its share; of the greatest one has it all.
-            many = samples.count if mode == "avg" else 1
+            many = samples.num_samples if mode == "avg" else 1
             steps.append(step / many)
-            weights.append(reference._axis_weights(samples) * (samples.count / many))
+            weights.append(reference._axis_weights(samples) * (samples.num_samples / many))
         along_y = scale[0] * (weight[k] * (steps[0] @ feature @ weights[1].T)).sum()
         along_x = scale[1] * (weight[k] * (weights[0] @ feature @ steps[1].T)).sum()
         magnitude[k, 1:] = torch.stack([along_x, along_y, along_x, along_y])
