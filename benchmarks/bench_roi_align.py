@@ -405,11 +405,14 @@ def plot_cases(report: dict[str, Any], path: Path) -> None:
     axes.scatter(floors, lines, marker="|", s=160, color="black", label="floor: memory traffic at copy speed")
     nothing = {"median_ms": float("nan")}
     medians = {name: [rows.get(name, nothing)["median_ms"] for rows in groups.values()] for name in providers}
+    label_heights = {providers[0]: -13, "torchvision": 6, "openvino": -13}  # points; more would lie on each other
     for i, name in enumerate(providers):
         axes.scatter(medians[name], lines, s=60, color=f"C{i}", label=name, zorder=3)
+        if name not in label_heights:
+            continue
         for line, ms in enumerate(medians[name]):
             text = f"{ms:.3g} ms" if i == 0 else f"{ms / medians[providers[0]][line]:.1f}×"
-            place = (0, -13 if i == 0 else 6)
+            place = (0, label_heights[name])
             axes.annotate(text, (ms, line), place, textcoords="offset points", ha="center", size=7.5)
     axes.set_yticks(lines, [" ".join(map(str, [*key[:3], f"{key[3]} thr", key[4]])) for key in groups], size=9)
     axes.set(xscale="log", xlabel="median, ms", ylim=(len(groups) - 0.5, -0.7))

@@ -103,8 +103,8 @@ def match_boxes(
 
 @torch.library.register_fake("roialign_ext::match")
 def _(ground_truth, boxes):
-    overlap = boxes.new_empty(len(boxes), dtype=torch.promote_types(boxes.dtype, torch.float32))
-    return overlap, overlap.new_empty(len(boxes), dtype=torch.int64)
+    overlap = boxes.new_empty(boxes.shape[0], dtype=torch.promote_types(boxes.dtype, torch.float32))
+    return overlap, overlap.new_empty(boxes.shape[0], dtype=torch.int64)
 
 
 def _can_fuse(matcher: object, similarity: object, gt_boxes: Tensor, boxes: Tensor) -> TypeGuard[Matcher]:
