@@ -79,14 +79,12 @@ ROIALIGN_HOST_DEVICE Axis<acc_t> to_map(acc_t low, acc_t high, acc_t scale, bool
                                         int sampling_ratio, int size) {
   const acc_t offset = aligned ? acc_t(0.5) : acc_t(0);
   const acc_t start = product(low, scale) - offset;
-  acc_t length = product(high, scale) - offset - start;
-  Axis<acc_t> axis{start, acc_t(0), 0, num_bins, size, false};
-  if (!is_finite(start) || !is_finite(length)) {
+  const acc_t box_length = product(high, scale) - offset - start;
+  const bool is_widened = !aligned && box_length < acc_t(1);
+  const acc_t length = is_widened ? acc_t(1) : box_length;
+  Axis<acc_t> axis{start, acc_t(0), 0, num_bins, size, is_widened};
+  if (!is_finite(start) || !is_finite(box_length)) {
     return axis;
-  }
-  if (!aligned && length < acc_t(1)) {
-    length = acc_t(1);
-    axis.is_widened = true;
   }
   axis.bin_size = length / acc_t(num_bins);
   // An adaptive RoI without extent, or inverted, takes no samples.
@@ -118,15 +116,17 @@ struct Sample {
 };
 
 template <typename acc_t>
-ROIALIGN_HOST_DEVICE Sample<acc_t> sample_at(const Axis<acc_t>& axis, int bin, int sample) {
-  const acc_t position = sample_position(axis, bin, sample);
-  if (!is_on_map(axis, position)) {
-    return {-1, acc_t(0), false};
-  }
+ROIALIGN_HOST_DEVICE Sample<acc_t> sample_on_map(const Axis<acc_t>& axis, acc_t position) {
   const acc_t last = acc_t(axis.size - 1);
   const acc_t on_cells = clamp(position, acc_t(0), last);
   const int low = static_cast<int>(on_cells);
   return {low, on_cells - acc_t(low), position >= acc_t(0) && position < last};
+}
+
+template <typename acc_t>
+ROIALIGN_HOST_DEVICE Sample<acc_t> sample_at(const Axis<acc_t>& axis, int bin, int sample) {
+  const acc_t position = sample_position(axis, bin, sample);
+  return is_on_map(axis, position) ? sample_on_map(axis, position) : Sample<acc_t>{-1, acc_t(0), false};
 }
 
 // By how many cells a sample moves when the far edge of the RoI moves by one; the near edge moves it by the rest of
@@ -189,10 +189,11 @@ ROIALIGN_HOST_DEVICE void for_each_tap(const Axis<acc_t>& axis, int bin, Range s
   acc_t here = acc_t(0), next = acc_t(0);  // the weight gathered by each
   for (int i = samples.begin; i < samples.end; ++i) {
     const int sample = mirrored ? samples.begin + samples.end - 1 - i : i;
-    const auto [low, fraction, moves] = sample_at(axis, bin, sample);
-    if (low < 0) {
+    const acc_t position = sample_position(axis, bin, sample);
+    if (!is_on_map(axis, position)) {
       continue;
     }
+    const auto [low, fraction, moves] = sample_on_map(axis, position);
     if (low != cell) {
       if (cell >= 0) {
         tap(cell, here * share);

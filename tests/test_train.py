@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, distributed
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -24,6 +23,7 @@ sys.path.insert(0, str(EXAMPLES))
 import photos  # noqa: E402
 import results  # noqa: E402
 import train  # noqa: E402
+from PIL import Image  # noqa: E402
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 SMALL = ["--size", "64", "--batch", "2", "--device", "cpu"]
