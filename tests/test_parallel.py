@@ -100,6 +100,7 @@ def run_rank(kind: str, folder: str) -> None:
     torch.distributed.init_process_group("gloo")
     found = {name: gradients_of_rank(kind, name) for name in CASES}
     torch.save(found, Path(folder) / f"rank{torch.distributed.get_rank()}.pt")
+    torch.distributed.barrier()  # a process that leaves while gloo still talks to it takes its threads down with it
     torch.distributed.destroy_process_group()
 
 
