@@ -46,6 +46,12 @@ template <typename acc_t>
 struct RoICells {
   Taps<acc_t> y, x;
   Window<acc_t> window;
+
+  void prefetch_tables() const {
+    prefetch(window.indices.data(), window.indices.size());
+    prefetch(window.weights.data(), window.weights.size());
+    prefetch(y.taps.data(), y.taps.size());
+  }
 };
 
 constexpr int kMaxChunks = 4;
@@ -264,6 +270,9 @@ void gather_planes(const Params& params, const std::vector<RoITaps<typename Para
           scalar_t* grad = level.map + map / num_levels * level.stride_n + first_channel * level.stride_c;
           const int64_t num_cells = int64_t(level.height) * level.width;
           acc_t* planes = accumulator.start(grad, num_cells * (last_channel - first_channel));
+          const auto grad_bins_of = [&, first = first_channel](int64_t k) {
+            return params.pooled + (k * num_channels + first) * bins;
+          };
           int64_t num_zeroed = 0;
           const auto zero_until = [&](int64_t end) {
             for (int64_t c = first_channel; c < last_channel && num_zeroed < end; ++c) {
@@ -274,7 +283,11 @@ void gather_planes(const Params& params, const std::vector<RoITaps<typename Para
           };
           for (int64_t j = order.offsets[map]; j < order.offsets[map + 1]; ++j) {
             const int64_t k = order.rois[j];
-            const scalar_t* grad_bins = params.pooled + (k * num_channels + first_channel) * bins;
+            const scalar_t* grad_bins = grad_bins_of(k);
+            if (j + 1 < order.offsets[map + 1]) {  // in an order in which hardware sees no pattern
+              cells[order.rois[j + 1]].prefetch_tables();
+              prefetch(grad_bins_of(order.rois[j + 1]), (last_channel - first_channel) * bins);
+            }
             acc_t* plane = planes;
             int64_t c = first_channel;
             zero_until(end_of(cells[k], level.width));

@@ -16,6 +16,11 @@ struct Window {
   int64_t start = 0;                                       // of the window, from the start of a row of the map
   std::vector<typename VectorOf<acc_t>::index_t> indices;  // [blocks of bins, depth, lanes]
   std::vector<acc_t> weights;                              // [blocks of bins, depth, lanes]
+
+  void prefetch_tables() const {
+    prefetch(indices.data(), indices.size());
+    prefetch(weights.data(), weights.size());
+  }
 };
 
 constexpr int kMaxChunks = 4;
@@ -186,7 +191,8 @@ void pool_taps(const RoITaps<acc_t>& roi, const scalar_t* plane, int64_t stride_
   }
 }
 
-// NCHW. A piece of work is a block of channels and a run of RoIs, which pass over the block's planes from top to bottom.
+// NCHW. A piece of work is a block of channels and a run of RoIs, which pass over the block's planes from top to bottom:
+// an order of rows in which hardware sees no pattern, so the next row is asked for while one is made.
 template <typename Params>
 void pool_planes(const Params& params, const std::vector<RoITaps<typename Params::acc_t>>& rois, const RoIOrder& order,
                  const ParallelFor& parallel_for) {
@@ -214,13 +220,21 @@ void pool_planes(const Params& params, const std::vector<RoITaps<typename Params
                  for (int64_t piece = begin; piece < end; ++piece) {
                    const int first_channel = static_cast<int>(piece / num_runs) * kChannels;
                    const int last_channel = std::min(first_channel + kChannels, params.num_channels);
+                   const int64_t num_bins = (last_channel - first_channel) * bins;
+                   const auto out_of = [&](int64_t k) {
+                     return params.pooled + (k * params.num_channels + first_channel) * bins;
+                   };
                    const int64_t first_roi = piece % num_runs * rois_in_run;
                    const int64_t last_roi = std::min(first_roi + rois_in_run, params.num_rois);
                    for (int64_t i = first_roi; i < last_roi; ++i) {
                      const int64_t k = order.rois[i];
                      const auto& roi = rois[k];
-                     scalar_t* out = params.pooled + (k * params.num_channels + first_channel) * bins;
-                     scalar_t* const out_end = out + (last_channel - first_channel) * bins;
+                     scalar_t* out = out_of(k);
+                     scalar_t* const out_end = out + num_bins;
+                     if (i + 1 < last_roi) {
+                       windows[order.rois[i + 1]].prefetch_tables();
+                       prefetch(out_of(order.rois[i + 1]), num_bins);
+                     }
                      if (roi.level < 0) {
                        std::fill(out, out_end, scalar_t(0));
                        continue;

@@ -105,6 +105,17 @@ inline Vector<acc_t> shuffle(const Vector<acc_t>* chunks, const Indices<acc_t>& 
   }
 }
 
+// Asks for memory ahead of its use. Hardware foresees what follows the first 8 KiB.
+template <typename T>
+inline void prefetch(const T* data, int64_t count) {
+  constexpr int64_t kLine = 64, kEnough = 8 << 10;
+  const char* bytes = reinterpret_cast<const char*>(data);
+  const int64_t size = std::min<int64_t>(count * sizeof(T), kEnough);
+  for (int64_t i = 0; i < size; i += kLine) {
+    __builtin_prefetch(bytes + i);
+  }
+}
+
 // Calls run with 1 to 4 chunks as a constant; returns false for any other number.
 template <typename Run>
 inline bool with_constant(int chunks, const Run& run) {
