@@ -25,7 +25,7 @@ def _load(device: str) -> str:
 
     import roialign_ext.ops
 
-    roialign_ext.ops._operators = emulation.load()
+    roialign_ext.autograd.operators = emulation.load()
     return "cpu"
 
 

@@ -1,5 +1,5 @@
 // The operators as torch sees them: schemas, allocation, registration. With call.h and checks.h the only file that
-// knows torch. roialign_ext/ops.py gives the operators their gradients and fake kernels.
+// knows torch. roialign_ext/autograd.py gives the operators their gradients and fake kernels.
 #if defined(ROIALIGN_EXT_WITH_CUDA) || defined(ROIALIGN_EXT_EMULATED)
 #include "cuda/launch.h"
 #endif

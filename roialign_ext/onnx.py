@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .ops import _operators
+from .autograd import operators
 
 _EPS = 1e-6  # what the pooling operators add to a level, as csrc/ops.cpp has it
 
@@ -54,7 +54,6 @@ def custom_translation_table() -> dict[Callable, Callable]:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError("roialign_ext.onnx: export needs `pip install onnx onnxscript`") from error
-    operators = torch.ops.roialign_ext
     refused = {
         operators.roi_max_forward.default: 'roi_align: `mode` must be "avg" for ONNX, whose RoiAlign with mode="max" '
         'takes the greatest of weighted corners and not of samples, got "max"',
@@ -217,7 +216,7 @@ def _areas_of_levels(
         middle = low + (high - low) // 2
         area = middle.view(floating)
         boxes = torch.stack([torch.zeros_like(area), torch.zeros_like(area), area, torch.ones_like(area)], 1)
-        found = _operators.assign_levels(boxes, num_levels, k_min, canonical_level, canonical_scale, eps)
+        found = operators.assign_levels(boxes, num_levels, k_min, canonical_level, canonical_scale, eps)
         reached = found >= level
         low, high = torch.where(reached | (low >= high), low, middle + 1), torch.where(reached, middle, high)
     return low.view(floating).tolist()

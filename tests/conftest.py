@@ -29,7 +29,7 @@ def device_name(request, monkeypatch) -> str:
     if request.param == "emulated":
         import emulation
 
-        monkeypatch.setattr("roialign_ext.ops._operators", emulation.load())
+        monkeypatch.setattr("roialign_ext.autograd.operators", emulation.load())
     return request.param
 
 

@@ -11,7 +11,7 @@ from cases import CASE, CASES, DTYPES, GRADIENTS, LAYOUTS, VALUES, Case, proposa
 from torch import Tensor
 
 import roialign_ext
-from roialign_ext import ops, reference
+from roialign_ext import autograd, reference
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 LAYOUT = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -260,8 +260,8 @@ class TestByDifferences:
         for ratio, aligned in ((2, False), (-1, True)):
             call = self.pooled(device, ratio, aligned)
             images = self.BOXES[:, :1].to(device)
-            pooling = ops._Pooling([0.5, 0.5, 0.25, 0.25], ratio, aligned, 2, 6.0)
-            found = ops._roi_align_tangent(
+            pooling = autograd.Pooling([0.5, 0.5, 0.25, 0.25], ratio, aligned, 2, 6.0)
+            found = autograd.roi_align_tangent(
                 maps, torch.cat([images, corners], 1), torch.cat([images, step], 1), None, (2, 3), pooling
             )
             difference = (call(corners + step, *maps) - call(corners - step, *maps)) / 2

@@ -291,7 +291,7 @@ class TestBeyondTorchvision:
     def test_autocast_pools_half_features_as_they_are(self, dtype, monkeypatch):
         """Oracle: the dtypes that reach the operator; the losses without autocast of the rounded features."""
         seen = []
-        operators = roialign_ext.ops._operators
+        operators = roialign_ext.autograd.operators
 
         class Recording:
             def __getattr__(self, name):
@@ -301,7 +301,7 @@ class TestBeyondTorchvision:
                 seen.append({map.dtype for map in features})
                 return operators.roi_align_forward(features, *arguments)
 
-        monkeypatch.setattr("roialign_ext.ops._operators", Recording())
+        monkeypatch.setattr("roialign_ext.autograd.operators", Recording())
         heads = second_stage().train()
         features, proposals, shapes, targets = problem((40, 30), (3, 5))
         features = {name: map.detach().to(dtype) for name, map in features.items()}

@@ -27,7 +27,7 @@ from conftest import DEVICES, require
 from torch import Tensor
 
 import roialign_ext
-from roialign_ext import ops, reference
+from roialign_ext import autograd, reference
 
 NAN, INF = math.nan, math.inf
 SECONDS = 240  # for all rows of a child; each takes well under one on any device
@@ -315,13 +315,13 @@ def raw_operators_check_what_they_are_given(name, device):
     options = ([0.25, 0.25], 2, False, 4, 224.0)
 
     def forward(features=(feature,), boxes=boxes, levels=None, size=(3, 3), options=options):
-        return ops._operators.roi_align_forward(list(features), boxes, levels, size, *options)
+        return autograd.operators.roi_align_forward(list(features), boxes, levels, size, *options)
 
     def backward(weight=weight, boxes=boxes, levels=None, images=2, sizes=(16, 20), options=options, last=False):
-        return ops._operators.roi_align_backward(weight, boxes, levels, images, sizes, *options, last)
+        return autograd.operators.roi_align_backward(weight, boxes, levels, images, sizes, *options, last)
 
     def assign(boxes=boxes[:, 1:], num_levels=4, k_min=2, level=4, scale=224.0):
-        return ops._operators.assign_levels(boxes, num_levels, k_min, level, scale, 1e-6)
+        return autograd.operators.assign_levels(boxes, num_levels, k_min, level, scale, 1e-6)
 
     forward(), backward(), assign()
     four, long = boxes[:, 1:], torch.zeros(2, dtype=torch.int64, device=device)
@@ -417,11 +417,11 @@ def winners_that_no_forward_wrote_read_nothing(name, device):
         weight = torch.ones(3, 5, 3, 3, dtype=feature.dtype, device=device).contiguous(memory_format=layout)
         for winner in (-1, -2, 10**6, 2**31 - 1, -(2**31)):
             argmax = torch.full(weight.shape, winner, dtype=torch.int32, device=device)
-            gathered = ops._operators.roi_max_gather([feature], argmax, boxes, None, *options)
-            (grad,) = ops._operators.roi_max_backward(
+            gathered = autograd.operators.roi_max_gather([feature], argmax, boxes, None, *options)
+            (grad,) = autograd.operators.roi_max_backward(
                 weight, argmax, boxes, None, 2, (16, 20), *options, layout == torch.channels_last
             )
-            grad_boxes = ops._operators.roi_max_backward_boxes(weight, argmax, [feature], boxes, None, *options)
+            grad_boxes = autograd.operators.roi_max_backward_boxes(weight, argmax, [feature], boxes, None, *options)
             assert not gathered.any() and not grad.any() and not grad_boxes.any()
 
 
@@ -433,7 +433,7 @@ def raw_operators_of_boxes_and_of_max_check_what_they_are_given(name, device):
     argmax = torch.zeros(1, 5, 3, 3, dtype=torch.int32, device=device)
     options, long = ([0.25, 0.25], 2, False, 4, 224.0), torch.zeros(2, dtype=torch.int64, device=device)
     many = (options[0], 2**16, *options[2:])
-    raw = ops._operators
+    raw = autograd.operators
 
     def of_boxes(weight=weight, features=(feature,), boxes=boxes, levels=None, options=options):
         return raw.roi_align_backward_boxes(weight, list(features), boxes, levels, *options)
@@ -513,7 +513,7 @@ def run_rows(device_name: str, names: list[str]) -> None:
     if device_name == "emulated":
         import emulation
 
-        ops._operators = emulation.load()
+        autograd.operators = emulation.load()
     device = torch.device("cuda" if device_name == "cuda" else "cpu")
     for name in names:
         print("begin", name, flush=True)

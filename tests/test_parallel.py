@@ -162,7 +162,7 @@ class TestMixedPrecision:
                 assert {x.dtype for x in features} == {dtype} and boxes.dtype == torch.float32
                 return torch.ops.roialign_ext.roi_align_forward(features, boxes, *rest)
 
-        monkeypatch.setattr("roialign_ext.ops._operators", Watching())
+        monkeypatch.setattr("roialign_ext.autograd.operators", Watching())
         features = [
             torch.randn(2, 16, 64 >> level, 96 >> level).to(dtype, memory_format=layout).requires_grad_()
             for level in range(2)

@@ -102,7 +102,7 @@ class TestVmap:
                 calls.append(name)
                 return getattr(torch.ops.roialign_ext, name)
 
-        monkeypatch.setattr("roialign_ext.ops._operators", Counting())
+        monkeypatch.setattr("roialign_ext.autograd.operators", Counting())
         torch.vmap(pool, (0, 0, 0))(box_sets(device), *pyramid(device, 3))
         assert calls == ["roi_align_forward"]
 
@@ -115,7 +115,7 @@ class TestVmap:
                 pointers.extend(x.data_ptr() for x in features)
                 return torch.ops.roialign_ext.roi_align_forward(features, *rest)
 
-        monkeypatch.setattr("roialign_ext.ops._operators", Watching())
+        monkeypatch.setattr("roialign_ext.autograd.operators", Watching())
         features = pyramid(device)
         torch.vmap(pool, (0, None, None))(box_sets(device), *features)
         assert pointers == [x.data_ptr() for x in features]
@@ -200,7 +200,7 @@ class TestForwardMode:
                 calls.append(name)
                 return getattr(torch.ops.roialign_ext, name)
 
-        monkeypatch.setattr("roialign_ext.ops._operators", Recording())
+        monkeypatch.setattr("roialign_ext.autograd.operators", Recording())
         rows, features, tangents = boxes(device), pyramid(device), pyramid(device)
         torch.func.jvp(lambda *x: pool(rows, *x), tuple(features), tuple(tangents))
         assert calls == ["roi_align_forward"] * 2
