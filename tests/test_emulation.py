@@ -320,7 +320,7 @@ WRONG = {
     "last-group-left-out": ("backward.cu", "other < kGroups - 1", "other < kGroups - 2"),
     "only-the-last-round": ("backward.cu", "is_first ? sums[s][v] : sum + sums[s][v]", "sums[s][v]"),
     "weights-of-another-batch": ("backward.cu", "has_weights_ = is_one_batch;", "has_weights_ = true;"),
-    "rows-drop-themselves": ("nms.cu", "(1u << lane) - 1", "(2u << lane) - 1"),
+    "first-row-of-a-warp-drops-nobody": ("nms.cu", "(1u << lane) - 1", "(1u << lane) - 1 & ~1u"),
     "groups-drop-each-other": ("nms.cu", "rows_from(first - earlier * kWarp)", "kWholeWarp"),
     "groups-of-a-warp-drop-each-other": ("nms.cu", "rows_from(first - start) & ", ""),
     "dropped-rows-drop": ("nms.cu", "static_cast<unsigned int>(settled)", "kWholeWarp"),
