@@ -53,14 +53,22 @@ inline void check_boxes(const char* who, const Tensor& boxes, int64_t columns, a
   TORCH_CHECK_VALUE(boxes.device() == device, who, ": `boxes` must be on ", device, ", got ", boxes.device());
 }
 
+inline void check_integers(const char* who, const char* name, const Tensor& tensor) {
+  TORCH_CHECK_TYPE(at::isIntegralType(tensor.scalar_type(), /*includeBool=*/false), who, ": ", name,
+                   " must be integers, got ", name_of_dtype(tensor));
+}
+
+inline void check_per_box(const char* who, const char* name, const Tensor& tensor, const Tensor& boxes) {
+  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == boxes.size(0), who, ": ", name, " must have shape (",
+                    boxes.size(0), ",), one per box, got ", name_of_shape(tensor));
+  TORCH_CHECK_VALUE(tensor.device() == boxes.device(), who, ": ", name, " must be on ", boxes.device(), ", got ",
+                    tensor.device());
+}
+
 inline void check_levels(const char* who, const std::optional<Tensor>& levels, const Tensor& boxes) {
   if (levels.has_value()) {
-    TORCH_CHECK_TYPE(at::isIntegralType(levels->scalar_type(), /*includeBool=*/false), who,
-                     ": `levels` must be integers, got ", name_of_dtype(*levels));
-    TORCH_CHECK_VALUE(levels->dim() == 1 && levels->size(0) == boxes.size(0), who, ": `levels` must have shape (",
-                      boxes.size(0), ",), one per box, got ", name_of_shape(*levels));
-    TORCH_CHECK_VALUE(levels->device() == boxes.device(), who, ": `levels` must be on ", boxes.device(), ", got ",
-                      levels->device());
+    check_integers(who, "`levels`", *levels);
+    check_per_box(who, "`levels`", *levels, boxes);
   }
 }
 

@@ -6,7 +6,6 @@
 #ifndef ROIALIGN_EXT_EMULATED
 #include "cpu/kernels.h"
 #include "cpu/match.h"
-#include "cpu/nms.h"
 #endif
 #include "call.h"
 
@@ -61,7 +60,9 @@ class Cuda {
   }
   ROIALIGN_FOR_EACH_KERNEL(ROIALIGN_RUN)
   ROIALIGN_RUN(assign_levels)
+  ROIALIGN_RUN(nms)
 #undef ROIALIGN_RUN
+  static int64_t nms_progress_size(int64_t num_boxes) { return cuda::nms_progress_size(num_boxes); }
 
  private:
 #ifdef ROIALIGN_EXT_EMULATED
@@ -108,6 +109,11 @@ class Cpu {
   void assign_levels(const Params& params) const {
     cpu::assign_levels(params);
   }
+  template <typename Params>
+  void nms(const Params& params) const {
+    cpu::nms(params);
+  }
+  static int64_t nms_progress_size(int64_t) { return 0; }
 };
 
 #endif
@@ -381,45 +387,56 @@ Tensor assign_levels(const Tensor& boxes, int64_t num_levels, int64_t k_min, int
   return levels;
 }
 
+// `x > value` in double precision is `x > this` for every x of the type.
+template <typename box_t>
+box_t largest_not_above(double value) {
+  const box_t rounded = static_cast<box_t>(value);
+  return rounded > value ? std::nextafter(rounded, -std::numeric_limits<box_t>::infinity()) : rounded;
+}
+
+// The order of the scores, best first, and along it whether suppression keeps the box.
+template <typename Device>
+std::tuple<Tensor, Tensor> nms(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& groups,
+                               double iou_threshold) {
+  const char* who = "nms";
+  check_boxes(who, boxes, 4, boxes.device());
+  check_per_box(who, "`scores`", scores, boxes);
+  const Device device(boxes.device());
+  const Tensor order = at::argsort(scores, /*stable=*/true, /*dim=*/0, /*descending=*/true);
+  Tensor rows = order, sorted_groups, by_group;
+  if (groups.has_value()) {
+    check_integers(who, "`groups`", *groups);
+    check_per_box(who, "`groups`", *groups, boxes);
+    const Tensor of_order = groups->to(at::kLong).index_select(0, order);
+    std::tie(sorted_groups, by_group) = at::sort(of_order, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+    rows = order.index_select(0, by_group);
+  }
+  const Tensor sorted_boxes = as_kernel_boxes(boxes).index_select(0, rows);
+  const Tensor keep = at::empty({boxes.size(0)}, boxes.options().dtype(at::kBool));
+  const Tensor progress = at::zeros({Device::nms_progress_size(boxes.size(0))}, order.options());
+  const auto run = [&](auto type) {
+    using box_t = decltype(type);
+    device.nms(NmsParams<box_t>{sorted_boxes.const_data_ptr<box_t>(),
+                                groups.has_value() ? sorted_groups.const_data_ptr<int64_t>() : nullptr, boxes.size(0),
+                                largest_not_above<box_t>(iou_threshold), keep.mutable_data_ptr<bool>(),
+                                static_cast<unsigned long long*>(progress.data_ptr())});
+  };
+  if (keep.numel() > 0) {
+    sorted_boxes.scalar_type() == at::kDouble ? run(double()) : run(float());
+  }
+  return {order, groups.has_value() ? at::empty_like(keep).scatter_(0, by_group, keep) : keep};
+}
+
 template <typename Device>
 void implement(torch::Library& library) {
 #define ROIALIGN_IMPL(name) library.impl(#name, &name<Device>);
   ROIALIGN_FOR_EACH_KERNEL(ROIALIGN_IMPL)
 #undef ROIALIGN_IMPL
   library.impl("assign_levels", &assign_levels<Device>);
+  library.impl("nms", &nms<Device>);
 }
 
 #ifndef ROIALIGN_EXT_EMULATED
-
-// Suppression on a CPU; elsewhere roialign_ext/detection/boxes.py does it in PyTorch.
-template <typename box_t>
-void keep_best(const Tensor& boxes, const Tensor& order, const std::optional<Tensor>& groups, double iou_threshold,
-               const Tensor& keep) {
-  cpu::nms<box_t>({boxes.const_data_ptr<box_t>(), order.const_data_ptr<int64_t>(),
-                   groups.has_value() ? groups->const_data_ptr<int64_t>() : nullptr, boxes.size(0), iou_threshold,
-                   keep.data_ptr<bool>()});
-}
-
-Tensor nms(const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& groups, double iou_threshold) {
-  const char* who = "nms";
-  check_boxes(who, boxes, 4, boxes.device());
-  TORCH_CHECK_VALUE(scores.dim() == 1 && scores.size(0) == boxes.size(0), who, ": `scores` must have shape (",
-                    boxes.size(0), ",), one per box, got ", name_of_shape(scores));
-  std::optional<Tensor> group_rows;
-  if (groups.has_value()) {
-    TORCH_CHECK_TYPE(at::isIntegralType(groups->scalar_type(), /*includeBool=*/false), who,
-                     ": `groups` must be integers, got ", name_of_dtype(*groups));
-    TORCH_CHECK_VALUE(groups->dim() == 1 && groups->size(0) == boxes.size(0), who, ": `groups` must have shape (",
-                      boxes.size(0), ",), one per box, got ", name_of_shape(*groups));
-    group_rows = groups->to(at::kLong).contiguous();
-  }
-  const Tensor rows = as_kernel_boxes(boxes);
-  const Tensor order = at::argsort(scores, /*stable=*/true, /*dim=*/0, /*descending=*/true);
-  const Tensor keep = at::empty({boxes.size(0)}, boxes.options().dtype(at::kBool));
-  (rows.scalar_type() == at::kDouble ? keep_best<double> : keep_best<float>)(rows, order, group_rows, iou_threshold,
-                                                                             keep);
-  return order.masked_select(keep);
-}
 
 std::tuple<Tensor, Tensor> match(const Tensor& ground_truth, const Tensor& boxes) {
   const char* who = "match";
@@ -479,11 +496,11 @@ ROIALIGN_LIBRARY(ROIALIGN_NAMESPACE, library) {
   define(
       "assign_levels(Tensor boxes, int num_levels, int k_min, int canonical_level, float canonical_scale, "
       "float eps) -> Tensor");
+  define("nms(Tensor boxes, Tensor scores, Tensor? groups, float iou_threshold) -> (Tensor, Tensor)");
 #undef ROIALIGN_POOLING
 #undef ROIALIGN_MAPS
 #ifndef ROIALIGN_EXT_EMULATED
   library.def("match(Tensor ground_truth, Tensor boxes) -> (Tensor, Tensor)");
-  library.def("nms(Tensor boxes, Tensor scores, Tensor? groups, float iou_threshold) -> Tensor");
 #endif
 }
 
@@ -493,7 +510,6 @@ ROIALIGN_LIBRARY_IMPL(ROIALIGN_NAMESPACE, CPU, library) { implement<Cuda>(librar
 ROIALIGN_LIBRARY_IMPL(ROIALIGN_NAMESPACE, CPU, library) {
   implement<Cpu>(library);
   library.impl("match", &match);
-  library.impl("nms", &nms);
 }
 #endif
 #ifdef ROIALIGN_EXT_WITH_CUDA

@@ -91,4 +91,15 @@ struct AssignLevelsParams {
   int64_t num_boxes;  // K
 };
 
+// Greedy suppression of boxes that follow each other group after group, in each the best score first.
+template <typename box_t>
+struct NmsParams {
+  const box_t* boxes;            // [K, 4]: x1, y1, x2, y2
+  const int64_t* groups;         // [K], ascending; or null: one group
+  int64_t num_boxes;             // K
+  box_t limit;                   // a kept box drops those of its group whose overlap with it is above
+  bool* keep;                    // [K]
+  unsigned long long* progress;  // what the warps of a CUDA device tell each other; zeros at first
+};
+
 }  // namespace roialign

@@ -452,24 +452,31 @@ def test_training_asks_for_numbers_three_times(monkeypatch):
 
 
 @BRANCH
-def test_training_waits_for_a_device_less_often_than_torchvision(branches):
-    """Oracle: the same count of torchvision's RoIHeads, of calls that would wait for a device if there were one."""
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_it_waits_for_a_device_less_often_than_torchvision(training, branches):
+    """Oracle: the same count of torchvision's RoIHeads, of calls that would wait for a device if there were one.
+
+    In evaluation: how many scores are high enough, how many boxes stay; for keypoints the sizes of these, and which are
+    resized together.
+    """
     pytest.importorskip("torchvision")
     count = importlib.import_module("bench_second_stage").count_synchronisations
-    ours = second_stage(branches).train()
+    ours = second_stage(branches).train(training)
     features, proposals, shapes, targets = problem((40, 30), (3, 5))
     counts = [
         count(lambda heads=heads: heads(features, list(proposals), shapes, targets), torch.device("cpu"))
         for heads in (ours, torchvision_twin(ours))
     ]
     assert 0 < sum(counts[0].values()) < sum(counts[1].values()) / 2, counts
+    assert training or sum(counts[0].values()) == (4 if "keypoint" in branches else 2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False")
-def test_training_on_a_gpu_waits_no_more_than_that():
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_it_waits_no_more_than_that_on_a_gpu(training):
     """Oracle: torch's own count of synchronising calls, fewer than in torchvision's RoIHeads."""
     counts = []
-    ours = second_stage().train()
+    ours = second_stage().train(training)
     for heads in (ours, torchvision_twin(ours)):
         heads.cuda()
         features, proposals, shapes, targets = problem((40, 30), (3, 5))

@@ -22,6 +22,7 @@ from cases import CASE, GRADIENTS, LAYOUTS, VALUES
 from torch import Tensor
 
 import roialign_ext
+from roialign_ext import detection
 
 emulation = pytest.importorskip("emulation", reason="no tests/emulation beside the tests")
 
@@ -190,6 +191,15 @@ class TestLaunches:
         roialign_ext.assign_levels(torch.rand(1000, 4).to(device), 4)
         assert launches() - start == 1
 
+    @pytest.mark.parametrize("count", [0, 1, 300])
+    @CUDA_KERNELS
+    def test_one_for_suppression(self, count, device, launches):
+        start = launches()
+        detection.batched_nms(
+            torch.rand(count, 4).to(device), torch.rand(count).to(device), torch.arange(count).to(device) % 7, 0.5
+        )
+        assert launches() - start == min(count, 1)
+
     @LAYOUT
     @CUDA_KERNELS
     def test_gradients_are_not_filled_with_zeros_first(self, layout, device):
@@ -262,6 +272,7 @@ class TestSanitizers:
             "test_gradients.py",
             "test_box_gradients.py",
             "test_max_pooling.py",
+            "test_nms.py",
             "test_hostile_input.py",
         ],
     )
@@ -285,6 +296,7 @@ SELECTIONS = {
         "test_values.py", "test_values", f"{FEW} or channels-64 or seventeen-samples or bins-far-larger"
     ),
     "backward.cu": chosen("test_gradients.py", "test_gradients", f"{FEW} or many-boxes-on-one-map"),
+    "nms.cu": ["test_nms.py", "-k", "emulated and (torchvision or groups)"],
     "repeated": chosen("test_gradients.py", "test_from_run_to_run", "many-boxes"),
 }
 
@@ -308,12 +320,20 @@ WRONG = {
     "last-group-left-out": ("backward.cu", "other < kGroups - 1", "other < kGroups - 2"),
     "only-the-last-round": ("backward.cu", "is_first ? sums[s][v] : sum + sums[s][v]", "sums[s][v]"),
     "weights-of-another-batch": ("backward.cu", "has_weights_ = is_one_batch;", "has_weights_ = true;"),
+    "first-row-of-a-warp-drops-nobody": ("nms.cu", "(1u << lane) - 1", "(1u << lane) - 1 & ~1u"),
+    "groups-drop-each-other": ("nms.cu", "rows_from(first - earlier * kWarp)", "kWholeWarp"),
+    "groups-of-a-warp-drop-each-other": ("nms.cu", "rows_from(first - start) & ", ""),
+    "dropped-rows-drop": ("nms.cu", "static_cast<unsigned int>(settled)", "kWholeWarp"),
+    "settled-in-one-step": ("nms.cu", "while (kept != before)", "while (false)"),
+    "first-rows-left-out": ("nms.cu", "first, 0) / kWarp", "first, 0) / kWarp + 1"),
+    "others-wait-for-nobody": ("nms.cu", "__any_sync(kWholeWarp, keep", "__all_sync(kWholeWarp, keep"),
     "a-turn-left-out": ("backward.cu", "turn % gridDim.y == blockIdx.y", "turn % gridDim.y + 1 == blockIdx.y"),
 }
 
 # These do no harm to the values; AddressSanitizer must see them.
 OUT_OF_BOUNDS = {
     "reads-past-the-row": ("forward.cu", "map + min(first + lane % width, tile.x.last)", "map + first + lane % width"),
+    "reads-past-the-boxes": ("nms.cu", "min(row, params.num_boxes - 1)", "row"),
     "reads-the-next-box": ("backward.cu", "row < params_.num_rois &&", "row <= params_.num_rois &&"),
 }
 

@@ -9,26 +9,24 @@ import torch
 from torch import Tensor
 
 from roialign_ext import detection
-from roialign_ext.detection import boxes as boxes_module
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
-@pytest.fixture(params=["cpu", "blocks"], autouse=True)
-def implementation(request, monkeypatch) -> str:
-    """The operator for the CPU, and the blocks in PyTorch that other devices use, made small here."""
-    if request.param == "blocks":
-        monkeypatch.setattr(boxes_module, "_suppress_on_cpu", boxes_module._suppress_in_blocks)
-        monkeypatch.setattr(boxes_module, "_BLOCK", 32)
-    return request.param
+def kept(device: torch.device, boxes: Tensor, scores: Tensor, *others: Tensor | float) -> list[int]:
+    """What `nms`, or with groups `batched_nms`, keeps on a device."""
+    suppress = detection.nms if len(others) == 1 else detection.batched_nms
+    return suppress(*(x.to(device) if isinstance(x, Tensor) else x for x in (boxes, scores, *others))).tolist()
 
 
 def greedy(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> list[int]:
     """The definition: from the best score down, keep what no kept box of its group overlaps by more."""
-    kept: list[int] = []
+    stay: list[int] = []
     for i in scores.sort(descending=True, stable=True).indices.tolist():
-        rivals = [j for j in kept if groups[j] == groups[i]]
+        rivals = [j for j in stay if groups[j] == groups[i]]
         if not rivals or not (detection.box_iou(boxes[rivals], boxes[i : i + 1]).double() > threshold).any():
-            kept.append(i)
-    return kept
+            stay.append(i)
+    return stay
 
 
 def crowd(count: int, objects: int = 12, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -62,6 +60,7 @@ INPUTS = {
     "crowd": lambda: crowd(300),
     "float64": lambda: crowd(200, dtype=torch.float64),
     "sparse": lambda: crowd(200, objects=150),
+    "many": lambda: crowd(700, objects=120),
     "tied": lambda: tied(300),
     "degenerate": lambda: degenerate(200),
     "one": lambda: crowd(1),
@@ -73,32 +72,53 @@ INPUT = pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS.keys())
 
 @INPUT
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 0.7, 1.0])
-def test_nms_keeps_what_torchvision_keeps(make, threshold):
+def test_nms_keeps_what_torchvision_keeps(make, threshold, device):
     """Oracle: torchvision.ops.nms on the CPU, index by index."""
     ops = pytest.importorskip("torchvision.ops")
     boxes, scores = make()
-    assert detection.nms(boxes, scores, threshold).tolist() == ops.nms(boxes, scores, threshold).tolist()
+    assert kept(device, boxes, scores, threshold) == ops.nms(boxes, scores, threshold).tolist()
 
 
 @INPUT
-def test_groups_do_not_see_each_other(make):
+def test_groups_do_not_see_each_other(make, device):
     """Oracle: the greedy definition, box by box."""
     boxes, scores = make()
     groups = torch.randint(-2, 5, scores.shape)
-    assert detection.batched_nms(boxes, scores, groups, 0.5).tolist() == greedy(boxes, scores, groups, 0.5)
+    assert kept(device, boxes, scores, groups, 0.5) == greedy(boxes, scores, groups, 0.5)
 
 
-def test_batched_nms_keeps_what_torchvision_keeps():
+@pytest.mark.parametrize("size", [1, 2, 31, 32, 33, 63, 64, 65, 97])
+def test_groups_of_any_size_lie_anywhere(size, device):
+    """Oracle: the greedy definition. A warp of the CUDA kernel takes 32 rows, of one group or of many."""
+    groups = torch.cat([torch.full((n,), i) for i, n in enumerate([size, 3, size, 31, 1, size])])
+    boxes, scores = crowd(len(groups), objects=4)
+    mixed = groups[torch.randperm(len(groups))]
+    assert kept(device, boxes, scores, mixed, 0.4) == greedy(boxes, scores, mixed, 0.4)
+
+
+@pytest.mark.parametrize("seed", ["1", "2", "3"])
+@pytest.mark.parametrize("device_name", ["emulated"], indirect=True)
+def test_blocks_may_come_in_any_order(seed, device, monkeypatch):
+    """Oracle: the CPU kernel, which has no blocks."""
+    boxes, scores = crowd(700, objects=40)
+    groups = torch.randint(3, (700,))
+    expected = torch.ops.roialign_ext.nms(boxes, scores, groups, 0.5)
+    monkeypatch.setenv("ROIALIGN_EXT_EMULATION_SEED", seed)
+    order, keep = expected
+    assert kept(device, boxes, scores, groups, 0.5) == order[keep].tolist()
+
+
+def test_batched_nms_keeps_what_torchvision_keeps(device):
     """Oracle: torchvision.ops.batched_nms, above a thousand boxes, where it goes class by class."""
     ops = pytest.importorskip("torchvision.ops")
     boxes, scores = crowd(3000, objects=200)
     groups = torch.randint(90, (3000,))
-    kept = detection.batched_nms(boxes, scores, groups, 0.5)
-    assert kept.tolist() == ops.batched_nms(boxes, scores, groups, 0.5).tolist()
-    assert 200 < len(kept) < 3000
+    found = kept(device, boxes, scores, groups, 0.5)
+    assert found == ops.batched_nms(boxes, scores, groups, 0.5).tolist()
+    assert 200 < len(found) < 3000
 
 
-def test_groups_far_from_the_origin_are_not_rounded():
+def test_groups_far_from_the_origin_are_not_rounded(device):
     """Oracle: by hand, an overlap of 0.5 exactly, which is not above 0.5.
 
     torchvision moves class 2000 by 2000 * 1001 pixels, where float32 rounds to an eighth.
@@ -106,36 +126,42 @@ def test_groups_far_from_the_origin_are_not_rounded():
     boxes = torch.tensor([[0.0, 0.0, 1.0, 0.98], [0.0, 0.0, 1.0, 0.49], [0.0, 0.0, 1000.0, 1000.0]])
     assert detection.box_iou(boxes[:1], boxes[1:2]).item() == 0.5
     groups = torch.tensor([2000, 2000, 0])
-    assert detection.batched_nms(boxes, torch.tensor([0.9, 0.8, 0.7]), groups, 0.5).tolist() == [0, 1, 2]
+    assert kept(device, boxes, torch.tensor([0.9, 0.8, 0.7]), groups, 0.5) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("tenths, kept", [(3, 1), (7, 2)], ids=["rounded_up", "rounded_down"])
-def test_the_threshold_is_compared_in_double_precision(tenths, kept):
+@pytest.mark.parametrize("tenths, stay", [(3, 1), (7, 2)], ids=["rounded_up", "rounded_down"])
+def test_the_threshold_is_compared_in_double_precision(tenths, stay, device):
     """Oracle: float32(0.3) lies above 0.3 and float32(0.7) below 0.7; torchvision.ops.nms agrees."""
     ops = pytest.importorskip("torchvision.ops")
     boxes = torch.tensor([[0.0, 0.0, 10.0, 1.0], [0.0, 0.0, float(tenths), 1.0]])
     scores = torch.tensor([0.9, 0.8])
-    assert len(detection.nms(boxes, scores, tenths / 10)) == kept
-    assert detection.nms(boxes, scores, tenths / 10).tolist() == ops.nms(boxes, scores, tenths / 10).tolist()
+    assert len(kept(device, boxes, scores, tenths / 10)) == stay
+    assert kept(device, boxes, scores, tenths / 10) == ops.nms(boxes, scores, tenths / 10).tolist()
 
 
-def test_a_chain_drops_every_other_box():
+def test_a_chain_drops_every_other_box(device):
     """Oracle: by hand. Each box overlaps its neighbours, so a dropped one spares the next: 100 steps deep."""
     x = torch.arange(100.0)
     boxes = torch.stack([x, torch.zeros(100), x + 3, torch.ones(100)], dim=1)  # neighbours overlap by half
-    assert detection.nms(boxes, -x, 0.45).tolist() == list(range(0, 100, 2))
+    assert kept(device, boxes, -x, 0.45) == list(range(0, 100, 2))
 
 
-def test_half_boxes_count_as_float32():
+def test_half_boxes_count_as_float32(device):
     """Oracle: the same boxes, widened."""
     boxes, scores = crowd(100)
     for dtype in (torch.float16, torch.bfloat16):
         half = boxes.to(dtype)
-        assert detection.nms(half, scores, 0.5).tolist() == detection.nms(half.float(), scores, 0.5).tolist()
+        assert kept(device, half, scores, 0.5) == kept(device, half.float(), scores, 0.5)
 
 
-def test_memory_is_bounded(implementation, monkeypatch):
-    """Oracle: the largest tensor that any call makes, for 20,000 boxes, whose pairs are 4e8."""
+def test_not_a_number_is_the_best_score_and_overlaps_nothing(device):
+    """Oracle: by hand. torch sorts NaN above all; a box with a NaN neither drops nor is dropped."""
+    boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [0.0, 0.0, 9.0, 8.0], [0.0, math.nan, 9.0, 9.0], [0.0, 0.0, 9.0, 9.0]])
+    assert kept(device, boxes, torch.tensor([0.9, math.nan, 0.5, 0.7]), 0.5) == [1, 2]
+
+
+def test_memory_is_bounded(device):
+    """Oracle: the largest tensor that any call makes, for 5,000 boxes, whose pairs are 25 million."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0
@@ -149,12 +175,12 @@ def test_memory_is_bounded(implementation, monkeypatch):
                     largest = max(largest, tensor.numel())
             return output
 
-    monkeypatch.setattr(boxes_module, "_BLOCK", 1024)
-    boxes, scores = crowd(20_000, objects=300)
+    boxes, scores = (x.to(device) for x in crowd(5000, objects=100))
+    groups = torch.arange(5000, device=device) % 3
     with Watch():
-        kept = detection.nms(boxes, scores, 0.5)
-    assert 300 <= len(kept) < 10_000
-    assert largest <= 2**20
+        stay = detection.batched_nms(boxes, scores, groups, 0.5)
+    assert 100 <= len(stay) < 2500
+    assert largest <= boxes.numel()
 
 
 def test_shapes_are_checked():

@@ -41,6 +41,9 @@ void roi_max_backward_boxes(const MaxParams<scalar_t, box_t>& params, const Para
 template <typename box_t>
 void assign_levels(const AssignLevelsParams<box_t>& params);
 
+template <typename box_t>
+void nms(const NmsParams<box_t>& params);
+
 // The instruction set the kernels run with: "avx512", "avx2" or "baseline". At first the best that machine and build
 // have, or the lower one that ROIALIGN_EXT_CPU_CAPABILITY names. Setting one that they lack returns false.
 const char* capability();

@@ -1,6 +1,8 @@
 // CPU matching: the ground truth that overlaps each box the most, without the matrix of all overlaps. Knows no torch.
 #include "match.h"
 
+#include "overlap.h"
+
 #include "dispatch.h"
 
 #include <algorithm>
@@ -21,28 +23,21 @@ struct Block {
   index_t best[kSize];
 
   [[gnu::always_inline]] void load(const box_t* boxes, int64_t count) {
-    for (int64_t box = 0; box < count; ++box, boxes += 4) {
-      x1[box] = boxes[0];
-      y1[box] = boxes[1];
-      x2[box] = boxes[2];
-      y2[box] = boxes[3];
-      area[box] = (boxes[2] - boxes[0]) * (boxes[3] - boxes[1]);
+    for (int64_t row = 0; row < count; ++row) {
+      const Box<box_t> box = box_of(boxes + row * 4);
+      x1[row] = box.x1;
+      y1[row] = box.y1;
+      x2[row] = box.x2;
+      y2[row] = box.y2;
+      area[row] = box.area;
     }
     std::fill_n(overlap, kSize, box_t(-1));
     std::fill_n(best, kSize, index_t(0));
   }
 
-  // Operations and their order are those of torchvision's box_iou, and the file is compiled without contraction, so
-  // that the quotient has the same bits. A NaN in a box makes its area NaN, and so the quotient, whatever min and max
-  // do with it.
-  [[gnu::always_inline]] void compare(const box_t* truth, index_t index) {
-    const box_t left = truth[0], top = truth[1], right = truth[2], bottom = truth[3];
-    const box_t own_area = (right - left) * (bottom - top);
+  [[gnu::always_inline]] void compare(const Box<box_t>& truth, index_t index) {
     for (int box = 0; box < kSize; ++box) {
-      const box_t width = std::max(box_t(0), std::min(right, x2[box]) - std::max(left, x1[box]));
-      const box_t height = std::max(box_t(0), std::min(bottom, y2[box]) - std::max(top, y1[box]));
-      const box_t intersection = width * height;
-      const box_t quotient = intersection / (own_area + area[box] - intersection);
+      const box_t quotient = roialign::overlap(truth, Box<box_t>{x1[box], y1[box], x2[box], y2[box], area[box]});
       // The first NaN wins, as in torch.max. The operators are those of bits, because branches are not vectorised.
       const bool better = (quotient > overlap[box]) | ((quotient != quotient) & (overlap[box] == overlap[box]));
       overlap[box] = better ? quotient : overlap[box];
@@ -60,7 +55,7 @@ template <typename box_t>
     const int64_t count = std::min<int64_t>(block_t::kSize, params.num_boxes - start);
     block.load(params.boxes + start * 4, count);
     for (int64_t truth = 0; truth < params.num_ground_truth; ++truth) {
-      block.compare(params.ground_truth + truth * 4, static_cast<typename block_t::index_t>(truth));
+      block.compare(box_of(params.ground_truth + truth * 4), static_cast<typename block_t::index_t>(truth));
     }
     std::copy_n(block.overlap, count, params.overlap + start);
     std::copy_n(block.best, count, params.best + start);

@@ -122,4 +122,10 @@ cudaError_t roi_max_backward_boxes(const MaxParams<scalar_t, box_t>& params, cud
 template <typename box_t>
 cudaError_t assign_levels(const AssignLevelsParams<box_t>& params, cudaStream_t stream);
 
+template <typename box_t>
+cudaError_t nms(const NmsParams<box_t>& params, cudaStream_t stream);
+
+// Words of NmsParams::progress: one, and one for 32 rows each.
+inline int64_t nms_progress_size(int64_t num_boxes) { return 1 + (num_boxes + 31) / 32; }
+
 }  // namespace roialign::cuda

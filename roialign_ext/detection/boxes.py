@@ -8,15 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _library  # noqa: F401  (loads the compiled operators)
-
-# Rows that suppression in PyTorch settles in one step, and compares with as many others at a time: 2^20
-# pairs, 4 MiB for each of a handful of temporaries.
-_BLOCK = 1024
-
-# The greedy loop over boxes on the CPU, where each of its steps would be a dozen calls from Python: at the
-# sizes of RoIHeads `_suppress_in_blocks` takes 10 to 50 times as long.
-_suppress_on_cpu = torch.ops.roialign_ext.nms
+from .. import ops
 
 
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -37,14 +29,8 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         tensor([[0.5000, 0.0000]])
     """
     # Columns in memory of their own, for the boxes along rows: strided ones are read several times as slowly.
-    columns = torch.stack(_widened(boxes2).unsqueeze(-3).unbind(-1))
-    return _overlaps(_widened(boxes1).unsqueeze(-2).unbind(-1), columns.unbind())
-
-
-def _overlaps(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    """Intersection over union of broadcast coordinates, with the roundings of torchvision's kernels."""
-    x1, y1, x2, y2 = one
-    other_x1, other_y1, other_x2, other_y2 = other
+    other_x1, other_y1, other_x2, other_y2 = torch.stack(_widened(boxes2).unsqueeze(-3).unbind(-1)).unbind()
+    x1, y1, x2, y2 = _widened(boxes1).unsqueeze(-2).unbind(-1)
     intersection = torch.minimum(x2, other_x2).sub_(torch.maximum(x1, other_x1)).clamp_(min=0)
     intersection *= torch.minimum(y2, other_y2).sub_(torch.maximum(y1, other_y1)).clamp_(min=0)
     union = (x2 - x1) * (y2 - y1) + (other_x2 - other_x1) * (other_y2 - other_y1)
@@ -103,7 +89,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Greedy non-maximum suppression: from the best score down, a box that is kept drops all that overlap it.
 
     Keeps what `torchvision.ops.nms` keeps on the CPU, on every device. Equal scores count in their order.
-    No more than 2^20 pairs of boxes are in memory at a time, on the CPU one row.
+    Pairs of boxes take no memory. On CUDA the host waits once, for the number of boxes that stay.
 
     Args:
         boxes: `(K, 4)` boxes.
@@ -121,7 +107,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         >>> nms(boxes, torch.tensor([0.6, 0.7, 0.8]), 0.5)
         tensor([2, 1])
     """
-    return _suppress("nms", boxes, scores, None, iou_threshold)
+    order, keep = suppress("nms", boxes, scores, None, iou_threshold)
+    return order[keep]
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
@@ -145,92 +132,26 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         >>> batched_nms(boxes, torch.tensor([0.6, 0.7, 0.8]), torch.tensor([1, 2, 2]), 0.5)
         tensor([2, 0])
     """
-    return _suppress("batched_nms", boxes, scores, idxs, iou_threshold)
+    order, keep = suppress("batched_nms", boxes, scores, idxs, iou_threshold)
+    return order[keep]
 
 
-def _suppress(who: str, boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float) -> Tensor:
+def suppress(
+    who: str, boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float
+) -> tuple[Tensor, Tensor]:
+    """The order `(K,)` of boxes, best score first, and along it `(K,)` whether they stay. Waits for no device."""
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(f"{who}: `boxes` must have shape (K, 4), got {tuple(boxes.shape)}")
     for name, values in (("scores", scores), ("idxs", groups)):
         if values is not None and values.shape != boxes.shape[:1]:
             raise ValueError(f"{who}: `{name}` must have shape ({len(boxes)},), got {tuple(values.shape)}")
-    suppress = _suppress_on_cpu if boxes.device.type == "cpu" else _suppress_in_blocks
-    return suppress(boxes.detach(), scores.detach(), groups, iou_threshold)
+    order, keep = ops._operators.nms(boxes.detach(), scores.detach(), groups, iou_threshold)
+    return order, keep
 
 
 @torch.library.register_fake("roialign_ext::nms")
 def _(boxes, scores, groups, iou_threshold):
-    """How many boxes stay is known when they are looked at, not to torch.compile or torch.export."""
-    num_kept = torch.library.get_ctx().new_dynamic_size()
-    return boxes.new_empty(num_kept, dtype=torch.int64)
-
-
-def _suppress_in_blocks(boxes: Tensor, scores: Tensor, groups: Tensor | None, iou_threshold: float) -> Tensor:
-    order = scores.sort(stable=True, descending=True).indices
-    if groups is None:
-        return order[_keep_of_sorted(boxes[order], [len(boxes)], iou_threshold)]
-    sorted_groups, by_group = groups[order].sort(stable=True)
-    sizes = torch.unique_consecutive(sorted_groups, return_counts=True)[1].tolist()
-    keep = torch.empty_like(by_group, dtype=torch.bool)
-    keep[by_group] = _keep_of_sorted(boxes[order[by_group]], sizes, iou_threshold)
-    return order[keep]
-
-
-def _keep_of_sorted(boxes: Tensor, group_sizes: list[int], iou_threshold: float) -> Tensor:
-    """Which boxes greedy suppression keeps, of groups that lie one after the other, best score first.
-
-    Blocks of rows are settled in order. A kept row of a block then drops rows of the rest of its group, so
-    that the work is, as in the plain greedy loop, the product of kept boxes and boxes that are not yet
-    dropped.
-    """
-    boxes = _widened(boxes)
-    limit = _largest_not_above(iou_threshold, boxes.dtype)
-    sizes = torch.tensor(group_sizes, dtype=torch.int64)
-    group = torch.repeat_interleave(sizes).to(boxes.device)
-    ends_of_rows = sizes.cumsum(0).repeat_interleave(sizes).tolist()
-    columns = boxes.t().contiguous()
-    keep = boxes.new_ones(len(boxes), dtype=torch.bool)
-
-    def drops(above: Tensor, below: Tensor) -> Tensor:
-        one, other = columns[:, above, None], columns[:, None, below]
-        return (_overlaps(one.unbind(), other.unbind()) > limit) & (group[above, None] == group[below])
-
-    for start in range(0, len(boxes), _BLOCK):
-        stop = min(start + _BLOCK, len(boxes))
-        rows = keep[start:stop].nonzero().squeeze(1) + start
-        if len(rows) == 0:
-            continue
-        kept = _settle(drops(rows, rows).triu_(1))
-        keep[rows] = kept
-        end = ends_of_rows[stop - 1]
-        rest = keep[stop:end].nonzero().squeeze(1) + stop
-        if len(rest) == 0:
-            continue
-        for part in rest.split(_BLOCK):
-            keep[part] = ~drops(rows[kept], part).any(0)
-    return keep
-
-
-def _settle(drops: Tensor) -> Tensor:
-    """Which rows stay, where row i drops row j > i if it stays itself: the one fixed point of that rule.
-
-    A row is right as soon as all above it are, so the first n rows are right after n steps, and after as many
-    steps as the longest chain of drops, about five in practice, all are.
-    """
-    keep = ~drops.any(0)
-    while True:
-        settled = ~(drops & keep[:, None]).any(0)
-        if torch.equal(settled, keep):
-            return keep
-        keep = settled
-
-
-def _largest_not_above(value: float, dtype: torch.dtype) -> float:
-    """`x > value` in double precision is `x > this` for every x of the dtype."""
-    rounded = torch.tensor(value, dtype=dtype)
-    if rounded.item() > value:
-        rounded = torch.nextafter(rounded, rounded.new_tensor(-math.inf))
-    return rounded.item()
+    return boxes.new_empty(boxes.shape[0], dtype=torch.int64), boxes.new_empty(boxes.shape[0], dtype=torch.bool)
 
 
 class BoxCoder:

@@ -170,8 +170,11 @@ def _decode(maps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     cell = maps.new_empty(len(maps), maps.shape[1], 2, dtype=torch.int64)
     scores = maps.new_empty(maps.shape[:2], dtype=torch.float32)
     with torch.autocast(maps.device.type, enabled=False):
-        for rows, width, height in _batches(pixels.tolist(), maps.shape[1]):
-            index = torch.tensor(rows, device=maps.device)
+        batches = _batches(pixels.tolist(), maps.shape[1])
+        # One copy to the device for all of them.
+        order = torch.tensor([row for rows, _, _ in batches for row in rows], dtype=torch.int64, device=maps.device)
+        indices = order.split([len(rows) for rows, _, _ in batches])
+        for index, (_, width, height) in zip(indices, batches):
             cell[index], best = _highest(maps[index].float(), pixels[index], width, height)
             scores = scores.index_put((index,), best)
     points = (cell + 0.5) * (sizes / pixels)[:, None] + boxes[:, None, :2]

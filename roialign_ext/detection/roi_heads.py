@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .box_head import codes_of_class, fastrcnn_loss
-from .boxes import BoxCoder, _shorter_side, batched_nms, box_iou
+from .boxes import BoxCoder, _shorter_side, box_iou, suppress
 from .keypoint_head import keypointrcnn_inference, keypointrcnn_loss
 from .mask_head import MaskRCNNPredictor, maskrcnn_inference, maskrcnn_loss
 from .matching import BalancedPositiveNegativeSampler, Matcher, match_boxes, positions
@@ -328,8 +328,6 @@ class RoIHeads(nn.Module):
         Returns:
             For every image boxes `(D_i, 4)`, scores `(D_i,)` and classes `(D_i,)` int64, best score first.
         """
-        num_images, device = len(proposals), class_logits.device
-        counts = [len(boxes) for boxes in proposals]
         scores = F.softmax(class_logits, -1)
         row, label = (scores[:, 1:] > self.score_thresh).nonzero(as_tuple=True)
         label = label + 1
@@ -337,14 +335,17 @@ class RoIHeads(nn.Module):
         boxes = self.box_coder.decode_single(
             codes_of_class(box_regression[row], label), torch.cat(list(proposals))[row]
         )
-        image = torch.repeat_interleave(torch.tensor(counts), output_size=sum(counts)).to(device)[row]
-        size = torch.tensor(image_shapes, dtype=boxes.dtype).flip(-1).repeat(1, 2).to(device)
-        boxes = torch.minimum(boxes.clamp(min=0), size[image])
+        image = torch.cat([label.new_full((len(of),), i) for i, of in enumerate(proposals)])[row]
+        boxes = torch.minimum(boxes.clamp(min=0), _far_corners(image_shapes, boxes)[image])
 
-        wide = (_shorter_side(boxes) >= _SHORTEST_SIDE).nonzero().squeeze(1)
-        boxes, scores, label, image = boxes[wide], scores[wide], label[wide], image[wide]
-        keep = batched_nms(boxes, scores, image * class_logits.shape[1] + label, self.nms_thresh)
-        of_image = [keep[index][: self.detections_per_img] for index in _split_by(image[keep], num_images)]
+        # Boxes that are too narrow stay until the end, where the host asks for all numbers at once. Each is a group
+        # of its own, so that it drops no other.
+        wide = _shorter_side(boxes) >= _SHORTEST_SIDE
+        group = torch.where(wide, image * class_logits.shape[1] + label, -1 - torch.arange(len(row), device=row.device))
+        order, keep = suppress("RoIHeads", boxes, scores, group, self.nms_thresh)
+        keep, image = keep & wide[order], image[order]
+        of_image = positions([keep & (image == i) for i in range(len(proposals))])
+        of_image = [order[index[: self.detections_per_img]] for index in of_image]
         return [boxes[i] for i in of_image], [scores[i] for i in of_image], [label[i] for i in of_image]
 
 
@@ -353,10 +354,11 @@ def _selected(rows: Sequence[Tensor], index: Sequence[Tensor]) -> list[Tensor]:
     return [row.index_select(0, i) for row, i in zip(rows, index)]
 
 
-def _split_by(image: Tensor, num_images: int) -> tuple[Tensor, ...]:
-    """For every image the ascending indices of its entries in `image`."""
-    counts = torch.bincount(image, minlength=num_images).tolist()
-    return image.argsort(stable=True).split(counts)
+def _far_corners(image_shapes: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
+    """`(N, 4)` limits of boxes `[x1, y1, x2, y2]` in images of (height, width), in the dtype and device of a tensor."""
+    # Filled there: a copy of a list to a device would make the host wait for it.
+    sides = [like.new_full((1,), side) for height, width in image_shapes for side in (width, height)]
+    return torch.cat(sides).view(-1, 2).repeat(1, 2)
 
 
 def _check_counts(proposals: Sequence[Tensor], targets: Sequence[Any]) -> None:
