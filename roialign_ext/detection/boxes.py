@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import autograd
 
 
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def suppress(
     for name, values in (("scores", scores), ("idxs", groups)):
         if values is not None and values.shape != boxes.shape[:1]:
             raise ValueError(f"{who}: `{name}` must have shape ({len(boxes)},), got {tuple(values.shape)}")
-    order, keep = ops._operators.nms(boxes.detach(), scores.detach(), groups, iou_threshold)
+    order, keep = autograd.operators.nms(boxes.detach(), scores.detach(), groups, iou_threshold)
     return order, keep
 
 
