@@ -295,6 +295,17 @@ SELECTIONS = {
     "forward.cu": chosen(
         "test_values.py", "test_values", f"{FEW} or channels-64 or seventeen-samples or bins-far-larger"
     ),
+    "max.cu": [
+        "test_max_pooling.py",
+        "-k",
+        "emulated and (TestByEye or test_table and float32 and (levels-3 or images-uneven or output-14x14))",
+    ],
+    "boxes.cu": [
+        "test_box_gradients.py",
+        "-k",
+        "emulated and (TestByEye or test_average and float32 and (levels-3 or images-uneven) or along_tangents)",
+    ],
+    "far": ["test_hostile_input.py", "-k", "emulated and rows_far_apart"],
     "backward.cu": chosen("test_gradients.py", "test_gradients", f"{FEW} or many-boxes-on-one-map"),
     "nms.cu": ["test_nms.py", "-k", "emulated and (torchvision or groups)"],
     "repeated": chosen("test_gradients.py", "test_from_run_to_run", "many-boxes"),
@@ -305,9 +316,9 @@ WRONG = {
     "finest-level-for-all": ("forward.cu", "params.levels[has_map ? tile.level : 0]", "params.levels[0]"),
     "first-image-for-all": ("forward.cu", "tile.image * level.stride_n", "0 * level.stride_n"),
     "next-column": ("forward.cu", "min(first + lane % width, tile", "min(first + lane % width + 1, tile"),
-    "weight-of-neighbouring-bin": ("forward.cu", "weight_y * tile.x.tap[q][j", "weight_y * tile.x.tap[q ^ 1][j"),
+    "weight-of-neighbouring-bin": ("forward.cu", "tile.x.tap[q][j + u].weight", "tile.x.tap[q ^ 1][j + u].weight"),
     "rounds-overlap": ("forward.cu", "round * kRoundSamples", "round * (kRoundSamples - 1)"),
-    "windows-overlap": ("forward.cu", "column >= first + width", "column > first + width"),
+    "windows-overlap": ("forward.cu", "column >= kWidth", "column > kWidth"),
     "one-plane-for-two": ("forward.cu", "? pack * level.stride_c : 0", "? 0 : 0"),
     "one-window": ("forward.cu", "first <= tile.x.last; first += width", "first <= tile.x.first; first += width"),
     "lane-counts-itself": ("backward.cu", "(1u << lane) - 1", "(2u << lane) - 1"),
@@ -327,13 +338,31 @@ WRONG = {
     "settled-in-one-step": ("nms.cu", "while (kept != before)", "while (false)"),
     "first-rows-left-out": ("nms.cu", "first, 0) / kWarp", "first, 0) / kWarp + 1"),
     "others-wait-for-nobody": ("nms.cu", "__any_sync(kWholeWarp, keep", "__all_sync(kWholeWarp, keep"),
+    "ties-go-to-the-last": ("max.cu", "return sample > greatest", "return sample >= greatest"),
+    "samples-far-outside-left-out": ("max.cu", "take(v, acc_t(0), -1);", ";"),
+    "nothing-below-zero-wins": ("max.cu", "? -acc_t(INFINITY)", "? acc_t(0)"),
+    "winner-in-the-first-row-of-samples": ("max.cu", "samples.y.begin + winner / columns", "samples.y.begin"),
+    "one-row-of-the-winner": ("max.cu", "tap(y.low + dy,", "tap(y.low,"),
+    "winners-of-all-images": ("max.cu", " && roi.image == tile.image", ""),
+    "last-column-of-a-tile-left-out": ("max.cu", "tile_x < kTile)", "tile_x < kTile - 1)"),
+    "slopes-of-the-first-image": ("boxes.cu", "level.map + roi.image * level.stride_n", "level.map"),
+    "share-of-the-other-axis": (
+        "boxes.cu",
+        "(grad_y * share, share_of_far_edge(roi.y",
+        "(grad_y * share, share_of_far_edge(roi.x",
+    ),
+    "mean-over-a-row-of-samples": ("boxes.cu", "/ acc_t(roi.x.num_samples);\n  EdgeSums", ";\n  EdgeSums"),
+    "tangents-of-the-other-axis": ("boxes.cu", "share_x * acc_t(motion[3])", "share_x * acc_t(motion[4])"),
+    "samples-outside-have-slopes": ("boxes.cu", "if (x.low < 0)", "if (x.low < -1)"),
     "a-turn-left-out": ("backward.cu", "turn % gridDim.y == blockIdx.y", "turn % gridDim.y + 1 == blockIdx.y"),
 }
 
 # These do no harm to the values; AddressSanitizer must see them.
 OUT_OF_BOUNDS = {
-    "reads-past-the-row": ("forward.cu", "map + min(first + lane % width, tile.x.last)", "map + first + lane % width"),
     "reads-past-the-boxes": ("nms.cu", "min(row, params.num_boxes - 1)", "row"),
+    "reads-past-the-row": ("forward.cu", "min(first + lane % width, tile.x.last)", "first + lane % width"),
+    "reads-a-row-without-a-share": ("max.cu", "(dy == 0 || y.fraction != acc_t(0)) && ", ""),
+    "reads-below-a-clamped-sample": ("boxes.cu", "(dy == 0 || y.moves) && ", ""),
     "reads-the-next-box": ("backward.cu", "row < params_.num_rois &&", "row <= params_.num_rois &&"),
 }
 
@@ -365,6 +394,7 @@ def mutants() -> dict[str, tuple[str, Callable[[str], str], str, bool]]:
 
     found = {name: (file, replace((old, new)), file, False) for name, (file, old, new) in WRONG.items()}
     found |= {name: (file, replace((old, new)), file, True) for name, (file, old, new) in OUT_OF_BOUNDS.items()}
+    found["32-bit-offsets-for-all"] = ("forward.cu", replace(("/ kWord <= UINT32_MAX", ">= 0")), "far", False)
     found["unordered-list"] = ("backward.cu", replace(*UNORDERED), "repeated", False)
     for file in ("forward.cu", "backward.cu"):
         text = (CSRC / "cuda" / file).read_text(encoding="utf-8") if CSRC.is_dir() else ""

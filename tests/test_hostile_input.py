@@ -707,6 +707,20 @@ class TestErrors:
         assert output.tolist() == [[[[1.0, 1.0], [1.0, 1.0]]]]
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_rows_far_apart(channels_last, device, tmp_path):
+    """Rows of a map may lie more than 32 bits of words apart, 64 GiB at most: a file with a hole. Oracle: by eye."""
+    if device.type == "cuda":
+        pytest.skip("the map lies in a file")
+    row = 2**35 + 8 if channels_last else 2**32 + 8
+    file = torch.from_file(str(tmp_path / "map"), shared=True, size=row + 64, dtype=torch.float16)
+    strides = (2 * row, 1, row, 8) if channels_last else (2 * row, 4, row, 1)
+    feature = file.as_strided((1, 8, 2, 4), strides)
+    feature[:, :, 1] = torch.arange(1.0, 9.0).half()[:, None]
+    output = roialign_ext.roi_align(feature, torch.tensor([[0.0, 0, 0, 2, 2]]), 1, 1.0, 1)  # the sample is (1, 1)
+    assert output.flatten().tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 @pytest.mark.slow
 class TestBeyondTwoToThe31:
     """Offsets of 64 bits; oracle: the float64 reference on the part that lies there. Takes about 9 GiB."""
@@ -742,7 +756,7 @@ class TestBeyondTwoToThe31:
 
     @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
     def test_map(self, channels_last, device):
-        side, channels, corner = 8192, 33, 64
+        side, channels, corner = 8192, 40 if channels_last else 33, 64  # 40: whole words of channels
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         feature = torch.empty(
             (1, channels, side, side), dtype=torch.float16, device=device, memory_format=memory_format

@@ -124,6 +124,12 @@ class TestByEye:
         output.backward(torch.ones_like(output))
         assert not feature.grad.any()
 
+    def test_bins_far_outside_are_zero(self, device):
+        # Of the second bin no sample is near the map.
+        feature = row_of(-5, -4, -3, -2, -1).to(device)
+        boxes = torch.tensor([[0.0, 0, 0, 1e6, 1]]).to(device)
+        assert roialign_ext.roi_align(feature, boxes, (1, 2), 1.0, -1, mode="max").flatten().tolist() == [0, 0]
+
     def test_all_samples_may_be_minus_infinity(self, device):
         feature = torch.full((1, 1, 5, 5), -INF, device=device, requires_grad=True)
         output = roialign_ext.roi_align(feature, torch.tensor([[0.0, 0, 0, 4, 4]]).to(device), 1, 1.0, 2, mode="max")

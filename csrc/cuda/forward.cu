@@ -26,20 +26,22 @@ constexpr int kTileBins = 8;  // bins per side of a tile, at most
 // round is the rule; a box the size of the map takes as many rounds as it needs.
 constexpr int kRoundSamples = 8;
 
-template <typename acc_t>
-struct alignas(16) Tap {
-  int64_t offset;  // of the cell in its map, along the axis: elements
+// Offsets have 64 bits, or 32 where those hold every cell of the maps: then one instruction makes an address of the sum
+// of two offsets, not four.
+template <typename acc_t, typename offset_t>
+struct alignas(sizeof(offset_t) + sizeof(acc_t) > 8 ? 16 : 8) Tap {
+  offset_t offset;  // of the cell in its map, along the axis: words
   acc_t weight;
 };
 
 // The taps of the bins of a tile along one axis, and the first and last cell among them.
-template <typename acc_t>
+template <typename acc_t, typename offset_t>
 struct TapTable {
-  Tap<acc_t> tap[kTileBins][2 * kRoundSamples];
+  Tap<acc_t, offset_t> tap[kTileBins][2 * kRoundSamples];
   int count[kTileBins];
   int first, last;
   Axis<acc_t> axis;
-  int64_t stride;  // from cell to cell: elements
+  int64_t stride;  // from cell to cell: words
 };
 
 // Bins per side of a tile where `bins` are cut into tiles as even as can be: 14 bins are two tiles of 7.
@@ -47,14 +49,19 @@ __host__ __device__ constexpr int tile_bins(int bins, int tiles) { return (bins 
 __host__ __device__ constexpr int num_tiles(int bins) { return (bins + kTileBins - 1) / kTileBins; }
 
 // What a block works on. `y` and `x` are the tables of the first round, filled by lanes 0-7 and 8-15 of warp 0.
-template <typename acc_t>
+// A word is kWord neighbouring values, which one load moves.
+template <typename acc_t, typename offset_t_, int kWord_>
 struct Tile {
-  TapTable<acc_t> y, x;
+  using offset_t = offset_t_;
+  using Table = TapTable<acc_t, offset_t>;
+  static constexpr int kWord = kWord_;
+
+  Table y, x;
   int level, image;  // of the RoI
 };
 
 // Fills the tables, and keeps them: one round is nearly always all there is. One per thread, the tile shared.
-template <typename Params>
+template <typename Params, typename Tile>
 class Taps {
   using acc_t = typename Params::acc_t;
 
@@ -63,7 +70,7 @@ class Taps {
   int rows, columns;     // of bins in the tile
 
   // All threads of the block call it together, and so with the rest.
-  __device__ Taps(const Params& params, Tile<acc_t>& tile, int thread) : tile_(tile), thread_(thread) {
+  __device__ Taps(const Params& params, Tile& tile, int thread) : tile_(tile), thread_(thread) {
     const int tiles_x = num_tiles(params.bins_x), tiles_y = gridDim.z / tiles_x;
     const int tile_y = tile_bins(params.bins_y, tiles_y), tile_x = tile_bins(params.bins_x, tiles_x);
     first_p = blockIdx.z / tiles_x * tile_y;
@@ -78,8 +85,8 @@ class Taps {
         tile_.image = roi.image;
         tile_.y.axis = roi.y;
         tile_.x.axis = roi.x;
-        tile_.y.stride = roi.level < 0 ? 0 : params.levels[roi.level].stride_h;
-        tile_.x.stride = roi.level < 0 ? 0 : params.levels[roi.level].stride_w;
+        tile_.y.stride = roi.level < 0 ? 0 : params.levels[roi.level].stride_h / Tile::kWord;
+        tile_.x.stride = roi.level < 0 ? 0 : params.levels[roi.level].stride_w / Tile::kWord;
       }
       __syncwarp();
       has_more = roi.level >= 0 && fill(0);
@@ -108,7 +115,7 @@ class Taps {
   }
 
  private:
-  Tile<acc_t>& tile_;
+  Tile& tile_;
   int thread_;
   bool is_whole_;
 
@@ -121,7 +128,7 @@ class Taps {
       return false;
     }
     // Half a warp for two axes: the lanes differ in what they fill, not in what they execute.
-    TapTable<acc_t>& table = is_y ? tile_.y : tile_.x;
+    typename Tile::Table& table = is_y ? tile_.y : tile_.x;
     const Axis<acc_t> axis = table.axis;
     int count = 0, first = INT_MAX, last = -1;
     bool has_more = false;
@@ -133,7 +140,7 @@ class Taps {
       has_more = samples.end - samples.begin > kRoundSamples;
       samples.end = min(samples.begin + kRoundSamples, samples.end);
       for_each_tap(axis, of_roi, samples, [&](int cell, acc_t weight) {
-        table.tap[bin][count] = {cell * table.stride, weight};
+        table.tap[bin][count] = {static_cast<typename Tile::offset_t>(cell * table.stride), weight};
         ++count;
         first = min(first, cell);
         last = cell;
@@ -166,19 +173,37 @@ __device__ acc_t value_without_map(int level) {
 // Neighbouring bins read few cells twice, and those from the cache.
 constexpr int kInFlight = 4;
 
-template <typename Params, int kVec>
+// Calls body() with a constant of the value of `count`, 1 to kInFlight: loads of a known number need no predicates.
+template <typename Body>
+__device__ void with_count(int count, const Body& body) {
+  static_assert(kInFlight == 4);
+  switch (count) {
+    case 1:
+      return body(std::integral_constant<int, 1>());
+    case 2:
+      return body(std::integral_constant<int, 2>());
+    case 3:
+      return body(std::integral_constant<int, 3>());
+    default:
+      return body(std::integral_constant<int, kInFlight>());
+  }
+}
+
+template <typename Params, int kVec, typename offset_t>
 __global__ void __launch_bounds__(kWarp* kTileBins, kBlocks<typename Params::acc_t>)
     roi_align_forward_channels_last_kernel(Params params) {
   using scalar_t = typename Params::scalar_t;
   using acc_t = typename Params::acc_t;
-  __shared__ Tile<acc_t> tile;
-  Taps<Params> taps(params, tile, threadIdx.y * kWarp + threadIdx.x);
+  using word_t = Word<sizeof(scalar_t) * kVec>;
+  using Tile = cuda::Tile<acc_t, offset_t, kVec>;
+  __shared__ Tile tile;
+  Taps<Params, Tile> taps(params, tile, threadIdx.y * kWarp + threadIdx.x);
   const int q = threadIdx.y;
   const int channel = (blockIdx.y * kWarp + threadIdx.x) * kVec;
   const bool is_owner = channel < params.num_channels && q < taps.columns;
   const bool has_map = tile.level >= 0;
   const auto& level = params.levels[has_map ? tile.level : 0];
-  const scalar_t* map = level.map + (has_map ? tile.image : 0) * level.stride_n + channel;
+  const auto* map = reinterpret_cast<const word_t*>(level.map + (has_map ? tile.image : 0) * level.stride_n + channel);
   scalar_t* bin =
       params.pooled +
       ((int64_t(blockIdx.x) * params.bins_y + taps.first_p) * params.bins_x + taps.first_q + q) * params.num_channels +
@@ -191,24 +216,28 @@ __global__ void __launch_bounds__(kWarp* kTileBins, kBlocks<typename Params::acc
       sums[v] = value_without_map<acc_t>(tile.level);
     }
     const auto pool = [&] {
-      if (!is_owner) {
-        return;
-      }
-      const int count_y = tile.y.count[p], count_x = tile.x.count[q];
-      for (int i = 0; i < count_y; ++i) {
-        const auto [row, weight_y] = tile.y.tap[p][i];
-        for (int j = 0; j < count_x; j += kInFlight) {
-          Word<sizeof(scalar_t) * kVec> cells[kInFlight];
+      const int count_y = is_owner ? tile.y.count[p] : 0, count_x = tile.x.count[q];
+      for (int j = 0; j < count_x; j += kInFlight) {
+        with_count(min(count_x - j, kInFlight), [&](auto constant) {
+          constexpr int kCount = decltype(constant)::value;
+          offset_t columns[kCount];
+          acc_t weights[kCount];
 #pragma unroll
-          for (int u = 0; u < kInFlight; ++u) {
-            if (j + u < count_x) {
-              cells[u] = load<kVec>(map + row + tile.x.tap[q][j + u].offset);
-            }
+          for (int u = 0; u < kCount; ++u) {
+            columns[u] = tile.x.tap[q][j + u].offset;
+            weights[u] = tile.x.tap[q][j + u].weight;
           }
+#pragma unroll 1
+          for (int i = 0; i < count_y; ++i) {
+            const auto [row, weight_y] = tile.y.tap[p][i];
+            word_t cells[kCount];
 #pragma unroll
-          for (int u = 0; u < kInFlight; ++u) {
-            if (j + u < count_x) {
-              const acc_t weight = weight_y * tile.x.tap[q][j + u].weight;
+            for (int u = 0; u < kCount; ++u) {
+              cells[u] = __ldg(map + (row + columns[u]));
+            }
+#pragma unroll
+            for (int u = 0; u < kCount; ++u) {
+              const acc_t weight = weight_y * weights[u];
               const auto cell = values_of<scalar_t>(cells[u]);
 #pragma unroll
               for (int v = 0; v < kVec; ++v) {
@@ -216,7 +245,7 @@ __global__ void __launch_bounds__(kWarp* kTileBins, kBlocks<typename Params::acc
               }
             }
           }
-        }
+        });
       }
     };
     if (has_map) {
@@ -249,21 +278,22 @@ constexpr int kSlice = 64;                   // channels of a block: 8 for each 
 constexpr int kMaxPack = 2;                  // channels side by side in a warp
 constexpr int kBinRows = kWarp / kTileBins;  // rows of bins that a warp finishes at a time
 
-template <typename Params>
+template <typename Params, typename offset_t>
 __global__ void __launch_bounds__(kWarp* kWarps, sizeof(typename Params::acc_t) == 4 ? 3 : 1)
     roi_align_forward_kernel(Params params) {
   using scalar_t = typename Params::scalar_t;
   using acc_t = typename Params::acc_t;
+  using Tile = cuda::Tile<acc_t, offset_t, 1>;
   constexpr int kDeep = 8 / sizeof(acc_t);  // channels of a lane at a time: their loads overlap
   constexpr int kMaxLines = kDeep * kMaxPack * kTileBins;
   constexpr int kSums = kMaxLines / kBinRows;
   // A line holds `width` columns and one unused, which spreads the lines over the banks.
   __shared__ acc_t lines_of_warps[kWarps][kMaxLines * (kWarp / kMaxPack + 1)];
   __shared__ int64_t bins_of_line[kMaxLines];  // (channel, p) of a line → offset of its first bin
-  __shared__ Tile<acc_t> tile;
+  __shared__ Tile tile;
 
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
-  Taps<Params> taps(params, tile, thread);
+  Taps<Params, Tile> taps(params, tile, thread);
   const bool has_map = tile.level >= 0;
   const auto& level = params.levels[has_map ? tile.level : 0];
   const int extent = has_map ? tile.x.last - tile.x.first + 1 : kWarp;
@@ -287,6 +317,26 @@ __global__ void __launch_bounds__(kWarp* kWarps, sizeof(typename Params::acc_t) 
     for (int r = 0; r < kSums; ++r) {
       sums[r] = value_without_map<acc_t>(tile.level);
     }
+    // The x pass over the columns from `first` on, of kPack channels side by side. Its loads are constant distances
+    // apart and unguarded: what lies past num_lines goes into sums that nobody stores.
+    const auto finish = [&](int first, auto constant) {
+      constexpr int kPack = decltype(constant)::value, kWidth = kWarp / kPack;
+      const acc_t* line = lines + lane / kTileBins * (kWidth + 1);
+      const int count = tile.x.count[q];
+#pragma unroll 1
+      for (int j = 0; j < count; ++j) {
+        const auto [offset, weight] = tile.x.tap[q][j];
+        const int column = static_cast<int>(offset) - first;
+        if (column < 0 || column >= kWidth) {
+          continue;
+        }
+        const acc_t* cell = line + column;
+#pragma unroll
+        for (int r = 0; r < kSums * kPack / kMaxPack; ++r) {
+          sums[r] += weight * cell[r * kBinRows * (kWidth + 1)];
+        }
+      }
+    };
     const auto pool = [&] {
       if (num_lines <= 0) {
         return;
@@ -294,35 +344,38 @@ __global__ void __launch_bounds__(kWarp* kWarps, sizeof(typename Params::acc_t) 
       // Lanes past the RoI or the slice read what the last one does, and nobody reads their sums.
       const int own = min(channel + lane / width, end_channel - 1);
       const int64_t next = own + pack < end_channel ? pack * level.stride_c : 0;  // to the lane's second channel
-      const scalar_t* map = level.map + tile.image * level.stride_n + own * level.stride_c;
+      const scalar_t* first_plane = level.map + tile.image * level.stride_n + own * level.stride_c;
+      const scalar_t* planes[kDeep];
+#pragma unroll
+      for (int d = 0; d < kDeep; ++d) {
+        planes[d] = whole(first_plane + d * next);
+      }
       for (int first = tile.x.first; first <= tile.x.last; first += width) {
-        const scalar_t* column = map + min(first + lane % width, tile.x.last);
+        const offset_t column = min(first + lane % width, tile.x.last);
         acc_t* line = lines + lane / width * taps.rows * (width + 1) + lane % width;
         for (int p = 0; p < taps.rows; ++p, line += width + 1) {
           const int count = tile.y.count[p];
           acc_t line_sums[kDeep] = {};
           for (int i = 0; i < count; i += kInFlight) {
-            Word<sizeof(scalar_t)> cells[kInFlight][kDeep];
+            with_count(min(count - i, kInFlight), [&](auto constant) {
+              constexpr int kCount = decltype(constant)::value;
+              Word<sizeof(scalar_t)> cells[kCount][kDeep];
 #pragma unroll
-            for (int u = 0; u < kInFlight; ++u) {
-              if (i + u < count) {
-                const scalar_t* cell = column + tile.y.tap[p][i + u].offset;
+              for (int u = 0; u < kCount; ++u) {
 #pragma unroll
                 for (int d = 0; d < kDeep; ++d) {
-                  cells[u][d] = load<1>(cell + d * next);
+                  cells[u][d] = load<1>(planes[d] + (tile.y.tap[p][i + u].offset + column));
                 }
               }
-            }
 #pragma unroll
-            for (int u = 0; u < kInFlight; ++u) {
-              if (i + u < count) {
+              for (int u = 0; u < kCount; ++u) {
 #pragma unroll
                 for (int d = 0; d < kDeep; ++d) {
                   line_sums[d] +=
                       tile.y.tap[p][i + u].weight * static_cast<acc_t>(values_of<scalar_t>(cells[u][d]).value[0]);
                 }
               }
-            }
+            });
           }
 #pragma unroll
           for (int d = 0; d < kDeep; ++d) {
@@ -330,19 +383,7 @@ __global__ void __launch_bounds__(kWarp* kWarps, sizeof(typename Params::acc_t) 
           }
         }
         __syncwarp();
-        for (int j = 0; q < taps.columns && j < tile.x.count[q]; ++j) {
-          const auto [column, weight] = tile.x.tap[q][j];
-          if (column < first || column >= first + width) {
-            continue;
-          }
-          const acc_t* cell = lines + lane / kTileBins * (width + 1) + (static_cast<int>(column) - first);
-#pragma unroll
-          for (int r = 0; r < kSums; ++r) {
-            if (r * kBinRows + lane / kTileBins < num_lines) {
-              sums[r] += weight * cell[r * kBinRows * (width + 1)];
-            }
-          }
-        }
+        pack == 1 ? finish(first, std::integral_constant<int, 1>()) : finish(first, std::integral_constant<int, 2>());
         __syncwarp();
       }
     };
@@ -385,10 +426,21 @@ dim3 grid_of(const Params& params, int channels_per_slice) {
               static_cast<unsigned int>(tiles_y * tiles_x));
 }
 
-template <typename Params, int kVec>
+// Whether 32 bits hold the offset of every cell in its map, in words of kWord values.
+template <int kWord, typename Params>
+bool has_short_offsets(const Params& params) {
+  bool has = true;
+  for (int l = 0; l < params.rule.num_levels; ++l) {
+    const auto& level = params.levels[l];
+    has = has && ((level.height - 1) * level.stride_h + (level.width - 1) * level.stride_w) / kWord <= UINT32_MAX;
+  }
+  return has;
+}
+
+template <typename Params, int kVec, typename offset_t>
 cudaError_t launch_channels_last(const Params& params, cudaStream_t stream) {
   const unsigned int columns = tile_bins(params.bins_x, num_tiles(params.bins_x));
-  return launch(roi_align_forward_channels_last_kernel<Params, kVec>, grid_of(params, kWarp * kVec),
+  return launch(roi_align_forward_channels_last_kernel<Params, kVec, offset_t>, grid_of(params, kWarp * kVec),
                 dim3(kWarp, columns), stream, params);
 }
 
@@ -399,10 +451,13 @@ cudaError_t roi_align_forward(const RoIAlignParams<scalar_t, box_t>& params, cud
   using Params = RoIAlignParams<scalar_t, box_t>;
   constexpr int kVec = 16 / sizeof(scalar_t);
   if (params.channels_last) {
-    return can_vectorize<scalar_t, kVec>(params) ? launch_channels_last<Params, kVec>(params, stream)
-                                                 : launch_channels_last<Params, 1>(params, stream);
+    return can_vectorize<scalar_t, kVec>(params) && has_short_offsets<kVec>(params)
+               ? launch_channels_last<Params, kVec, unsigned int>(params, stream)
+               : launch_channels_last<Params, 1, int64_t>(params, stream);
   }
-  return launch(roi_align_forward_kernel<Params>, grid_of(params, kSlice), dim3(kWarp * kWarps), stream, params);
+  return launch(has_short_offsets<1>(params) ? roi_align_forward_kernel<Params, unsigned int>
+                                             : roi_align_forward_kernel<Params, int64_t>,
+                grid_of(params, kSlice), dim3(kWarp * kWarps), stream, params);
 }
 
 template <typename box_t>
