@@ -47,6 +47,7 @@ import roialign_ext
 from roialign_ext import detection
 
 CLASSES = 91
+SECONDS = 1  # that a part takes turns for, at least
 OBJECTS = 10  # of an image; COCO has 7.3 on average
 PROPOSALS = {"training": 2000, "inference": 1000}  # that torchvision's RPN passes on
 PARTS = ("training", "inference", "sampling", "pooling", "heads", "losses", "postprocessing")
@@ -289,7 +290,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--parts", nargs="+", choices=(*PARTS, "synchronisations"), default=PARTS)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of a part, at least")
     parser.add_argument("--out", type=Path, help="folder for the JSON; without, it goes to standard output")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -313,7 +314,8 @@ def main() -> int:
         print(part, file=sys.stderr)
         torch.testing.assert_close(parts["ours"][part](), parts["torchvision"][part](), rtol=1e-3, atol=1e-4)
         times: dict[str, list[float]] = {name: [] for name in LIBRARIES}
-        for _ in range(options.rounds):
+        until = time.perf_counter() + SECONDS
+        while len(times["ours"]) < options.rounds or time.perf_counter() < until:
             for name in LIBRARIES:
                 times[name].append(seconds(parts[name][part]))
         medians = {name: statistics.median(values) * 1e3 for name, values in times.items()}

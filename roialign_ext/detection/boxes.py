@@ -229,10 +229,14 @@ class BoxCoder:
         half_sizes = (codes[:, :, 1] / stretch_weights).clamp(max=self.bbox_xform_clip).exp() * sizes[:, None] * 0.5
         return torch.cat([centres - half_sizes, centres + half_sizes], dim=2).flatten(1)
 
-    def _weights_like(self, boxes: Tensor) -> tuple[Tensor, ...]:
-        """Weights of the centres and of the sizes, x before y, `(2,)` each, in the boxes' dtype and device."""
-        # Filled there: a copy of a list to a device would make the host wait for it.
-        return torch.cat([boxes.new_full((1,), weight) for weight in self.weights]).split(2)
+    def _weights_like(self, boxes: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Weights of the centres and of the sizes: a number where x and y share it, else `(2,)` in the boxes' dtype."""
+
+        def both(x: float, y: float) -> Tensor | float:
+            # Filled there: a copy of a list to a device would make the host wait for it.
+            return x if x == y else torch.cat([boxes.new_full((1,), weight) for weight in (x, y)])
+
+        return both(*self.weights[:2]), both(*self.weights[2:])
 
 
 def _centres_and_sizes(boxes: Tensor) -> tuple[Tensor, Tensor]:
