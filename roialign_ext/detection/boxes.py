@@ -243,4 +243,4 @@ def _centres_and_sizes(boxes: Tensor) -> tuple[Tensor, Tensor]:
     """`(K, 2)` centres and `(K, 2)` sizes, x before y."""
     low, high = boxes.split(2, dim=1)
     sizes = high - low
-    return low + 0.5 * sizes, sizes
+    return torch.add(low, sizes, alpha=0.5), sizes

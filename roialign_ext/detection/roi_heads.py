@@ -287,15 +287,15 @@ class RoIHeads(nn.Module):
             background and -1 for those to ignore.
         """
         matched, labels = [], []
+        # What is between the thresholds, match -2, background, -1, and objects, from 0 on, by match + 2.
+        without_truth = torch.arange(-1, 1, device=proposals[0].device)
         for boxes, truth, classes in zip(proposals, gt_boxes, gt_labels):
             if len(truth) == 0:
                 match = torch.full((len(boxes),), Matcher.BELOW_LOW_THRESHOLD, device=boxes.device)
             else:
                 match = match_boxes(self.proposal_matcher, self.box_similarity, truth, boxes)
             matched.append(match.clamp(min=0))
-            # What is between the thresholds, match -2, background, -1, and objects, from 0 on, by match + 2.
-            classes_by_match = torch.cat([classes.new_full((1,), -1), classes.new_zeros(1), classes])
-            labels.append(classes_by_match.long().index_select(0, match + 2))
+            labels.append(torch.cat([without_truth, classes.long()]).index_select(0, match + 2))
         return matched, labels
 
     def subsample(self, labels: Sequence[Tensor]) -> list[Tensor]:
