@@ -23,7 +23,7 @@ def _load(device: str) -> str:
         return device
     import emulation
 
-    import roialign_ext.ops
+    import roialign_ext.autograd
 
     roialign_ext.autograd.operators = emulation.load()
     return "cpu"
@@ -35,6 +35,8 @@ def run_cases(device: str) -> dict[str, Any]:
     import oracles
     import torch
     from cases import CASE, DTYPES, LAYOUTS
+
+    from roialign_ext import detection
 
     names = [
         "levels-3",
@@ -53,9 +55,29 @@ def run_cases(device: str) -> dict[str, Any]:
                 output = oracles.pool(CASE[name], inputs)
                 torch.autograd.grad(output, inputs, oracles.cotangent(CASE[name], dtype).to(place))
                 count += 1
+    for boxes, scores, groups in (_crowd(300, 7, place), _crowd(100, 1, place)):
+        detection.batched_nms(boxes, scores, groups, 0.5)
     if place == "cuda":
         torch.cuda.synchronize()
-    return {"forward and backward": count}
+    return {"forward and backward": count, "suppression": 2}
+
+
+def _crowd(count: int, classes: int, place: str) -> tuple[Any, Any, Any]:
+    """Boxes, scores and classes: many that overlap, as in a second stage; of one class, so small that most stay."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    if classes > 1:
+        objects = 1000 * torch.rand(20, 2, generator=generator)
+        corner = objects[torch.randint(20, (count,), generator=generator)] + 20 * torch.rand(
+            count, 2, generator=generator
+        )
+        boxes = torch.cat([corner, corner + 100], 1)
+    else:
+        corner = 10_000 * torch.rand(count, 2, generator=generator)
+        boxes = torch.cat([corner, corner + 2], 1)
+    scores, groups = torch.rand(count, generator=generator), torch.arange(count) % classes
+    return boxes.to(place), scores.to(place), groups.to(place)
 
 
 def _pyramid(place: str) -> tuple[dict[str, Any], list[Any], list[tuple[int, int]]]:
@@ -276,6 +298,33 @@ def sweep(device: str) -> list[dict[str, Any]]:
     return found
 
 
+def measure_suppression(device: str) -> list[dict[str, Any]]:
+    """Suppression by ours and torchvision: second stages, and one group whose rows settle turn after turn."""
+    place = _load(device)
+    import torch
+    import torchvision
+
+    from roialign_ext import detection
+
+    bench = _bench(device)
+    case = bench.Case("infer", "nchw", "float32", 1, torch.device(place))
+    found = []
+    for count, classes in ((300, 90), (3000, 90), (4000, 1), (100_000, 1)) if place == "cuda" else ((70, 3), (40, 1)):
+        inputs = (*_crowd(count, classes, place), 0.5)
+        kept = {}
+        for name, suppress in (("ours", detection.batched_nms), ("torchvision", torchvision.ops.batched_nms)):
+            run = functools.partial(suppress, *inputs)
+            kept[name] = run()
+            row = {"boxes": count, "classes": classes, "provider": name, "kept": len(kept[name])}
+            calls, kernels = _profiled(run, place)
+            row |= calls
+            if place == "cuda":
+                row |= {"kernels_ms": 1e3 * kernels} | _times(bench.cuda_clock(run, case), 20)
+            found.append(row)
+        found[-1]["kept_by_ours_too"] = torch.equal(kept["ours"], kept["torchvision"])
+    return found
+
+
 def count_second_stage(device: str) -> dict[str, Any]:
     """Launches and synchronisations of RoIHeads, ours and torchvision's: two images, boxes and masks."""
     place = _load(device)
@@ -332,5 +381,6 @@ PARTS = {
     "graphs": replay_graphs,
     "workloads": measure_workloads,
     "sweeps": sweep,
+    "suppression": measure_suppression,
     "second_stage": count_second_stage,
 }

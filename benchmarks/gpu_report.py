@@ -76,6 +76,7 @@ def steps(out: Path, quick: bool, rehearse: bool) -> list[Step]:
         Step("graphs", part("graphs"), 60, {}, no_gpu, json_of("graphs")),
         Step("workloads", part("workloads"), 150, reads=json_of("workloads")),
         Step("sweeps", part("sweeps"), 60, reads=json_of("sweeps")),
+        Step("suppression", part("suppression"), 60, reads=json_of("suppression")),
         Step("second stage", part("second_stage"), 60, {}, no_gpu, json_of("second_stage")),
     ]
     bench = [python, "benchmarks/bench_roi_align.py", "--device", "cpu" if rehearse else "cuda", "--out", str(out)]
