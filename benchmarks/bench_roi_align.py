@@ -49,7 +49,7 @@ from workloads import SWEEPS, WORKLOADS
 
 import roialign_ext
 from roialign_ext import reference
-from roialign_ext._library import build_info
+from roialign_ext._library import build_info, release_memory
 
 DIRECTIONS = ("forward", "backward")
 KEYS = ("workload", "layout", "dtype", "threads", "direction", "metric")  # of a group of comparable times
@@ -178,7 +178,10 @@ def copy_bandwidth(device: torch.device, threads: int) -> float:
 
 
 def extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """The most memory a call holds at once beside what it is given and what it returns; None where nobody counts."""
+    """The most memory held at once beside what a call is given and returns; None where nobody counts.
+
+    Counted during the call, and after its result is freed: ours keeps that memory for the next call.
+    """
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
     def resident(field: str) -> int:
@@ -193,13 +196,16 @@ def extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
         return None
     else:
         gc.collect()
+        release_memory()
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
             libc.malloc_trim(0)  # else the heap of the first call serves the second unseen
         reset.write_text("5")  # the peak starts over
     before = resident("VmRSS")
     result = run()
     returned = sum(x.nbytes for x in (result if isinstance(result, tuple) else [result]))
-    return max(resident("VmHWM") - before - returned, 0)
+    during_call = resident("VmHWM") - before - returned
+    del result
+    return max(during_call, 0 if device.type == "cuda" else release_memory())
 
 
 def floor_bytes(case: Case) -> dict[str, int]:

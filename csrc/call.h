@@ -2,11 +2,7 @@
 #pragma once
 
 #include "checks.h"
-
-#include <ATen/Functions.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "memory.h"
 
 #include <algorithm>
 #include <optional>
@@ -35,26 +31,6 @@ inline Tensor in_layout(const Tensor& map, bool channels_last) {
     return map;
   }
   return map.contiguous(memory_format(channels_last));
-}
-
-// Asks for huge pages under large fresh tensors. PyTorch's CPU allocator gives memory back to the system when a tensor
-// is freed, so every call would fault in its output 4 KiB at a time: half the time of the forward.
-inline void prefer_huge_pages(const Tensor& tensor) {
-#ifdef __linux__
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (begin + tensor.nbytes()) / kHugePage * kHugePage;
-  if (tensor.is_cpu() && first < last) {
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish; refusal changes nothing
-  }
-#endif
-}
-
-inline Tensor empty_in_layout(at::IntArrayRef sizes, const at::TensorOptions& options, bool channels_last) {
-  Tensor tensor = at::empty(sizes, options.memory_format(memory_format(channels_last)));
-  prefer_huge_pages(tensor);
-  return tensor;
 }
 
 // Half boxes are read as float32; boxes and levels are small, so a copy of either costs nothing that shows.

@@ -1,5 +1,5 @@
-// The operators as torch sees them: schemas, allocation, registration. With call.h and checks.h the only file that
-// knows torch. roialign_ext/autograd.py gives the operators their gradients and fake kernels.
+// The operators as torch sees them: schemas, allocation, registration. With call.h, checks.h and memory.h the only
+// file that knows torch. roialign_ext/autograd.py gives the operators their gradients and fake kernels.
 #if defined(ROIALIGN_EXT_WITH_CUDA) || defined(ROIALIGN_EXT_EMULATED)
 #include "cuda/launch.h"
 #endif
@@ -154,8 +154,8 @@ struct CallOnFeatures {
   at::MemoryFormat format() const { return memory_format(call.pooling.channels_last); }
 
   Tensor empty_pooled(const at::TensorOptions& options) const {
-    return empty_in_layout({call.pooling.num_rois, call.pooling.num_channels, call.pooling.bins_y, call.pooling.bins_x},
-                           options, call.pooling.channels_last);
+    return empty_output({call.pooling.num_rois, call.pooling.num_channels, call.pooling.bins_y, call.pooling.bins_x},
+                        options, format());
   }
 
   std::vector<Tensor> maps() const {
@@ -208,7 +208,7 @@ std::vector<Tensor> make_grad_features(const Tensor& grad_output, const Tensor& 
   int64_t num_cells = 0;
   for (int64_t l = 0; l < num_levels; ++l) {
     grad_features.push_back(empty_in_layout({num_images, grad_output.size(1), map_sizes[2 * l], map_sizes[2 * l + 1]},
-                                            grad_output.options(), channels_last));
+                                            grad_output.options(), memory_format(channels_last)));
     num_cells += grad_features.back().numel();
   }
   if (boxes.size(0) == 0) {
@@ -574,6 +574,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              "Whether torch.func or forward-mode derivatives are at work.");
   module.def("set_cpu_capability", &roialign::cpu::set_capability,
              "Runs the CPU kernels with an instruction set by name; false if machine or build lack it.");
+  module.def("release_memory", &roialign::OutputMemory::release,
+             "Frees the output memory that is kept for the next call; returns its bytes.");
 #endif
   module.def("launch_count", &roialign::launch_count, "CUDA kernels started so far.");
 }

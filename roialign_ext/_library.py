@@ -45,6 +45,11 @@ def set_cpu_capability(name: str) -> bool:
     return bool(_module.set_cpu_capability(name))
 
 
+def release_memory() -> int:
+    """Free the memory of a CPU output that is kept for the next call, of 50 MiB at most; returns its bytes."""
+    return int(_module.release_memory())
+
+
 def _load() -> ModuleType:
     if importlib.util.find_spec("roialign_ext._C") is not None:
         return _load_ahead_of_time()

@@ -65,10 +65,7 @@ Window<acc_t> make_window(const RoICells<acc_t>& cells, int num_bins, int height
   if (!kHasShuffle || cells.x.taps.empty() || cells.y.taps.empty() || chunks > kMaxChunks || num_bins >= kL) {
     return window;
   }
-  // Vectors must not reach over the end of the map: the window steps back where need be.
-  const int64_t end = int64_t(cells.y.last) * width + cells.x.first + chunks * kL;
-  window.start = cells.x.first - std::max<int64_t>(end - int64_t(height) * width, 0);
-  if (int64_t(cells.y.first) * width + window.start < 0) {
+  if (!place_window(cells.y, cells.x, {height, width, width}, kL, chunks * kL, window.start)) {
     return window;
   }
   window.chunks = chunks;

@@ -100,6 +100,26 @@ struct RoITaps {
   Taps<acc_t> y, x;
 };
 
+// A plane of cells: rows `stride_h` elements apart.
+struct Plane {
+  int height, width;
+  int64_t stride_h;
+};
+
+// Where a window of `width` cells, read as vectors of `lanes`, begins to cover the taps of both axes: `start` is its
+// first column. Vectors lie within cache lines where the cells can be had so, and never reach over the end of the plane:
+// the window steps back where need be. Returns false if the plane is too small to hold it.
+template <typename acc_t>
+bool place_window(const Taps<acc_t>& y, const Taps<acc_t>& x, const Plane& plane, int lanes, int width,
+                  int64_t& start) {
+  const int in_lines = x.first / lanes * lanes;
+  const int first = x.last < in_lines + width ? in_lines : x.first;
+  const int64_t end = y.last * plane.stride_h + first + width,
+                end_of_plane = (plane.height - 1) * plane.stride_h + plane.width;
+  start = first - std::max<int64_t>(end - end_of_plane, 0);
+  return y.first * plane.stride_h + start >= 0;
+}
+
 template <typename Params>
 std::vector<RoITaps<typename Params::acc_t>> merge_taps(const Params& params, const ParallelFor& parallel_for) {
   constexpr int64_t kGrain = 64;
