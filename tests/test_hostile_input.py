@@ -168,6 +168,30 @@ def boxes_of_any_size_cost_no_more_than_the_map(name, device):
 
 
 @row
+def bins_beside_the_map(name, device):
+    """Zero whatever the map holds, as the samples that would read it are outside; the others are those of a clean map.
+
+    Oracle: boxes cut off where the map ends, on a map whose cells that they do not reach are NaN.
+    """
+    for width in (24, 40):
+        for left in (-128.0, 12.0):
+            box = [[0, left, 8, left + 210, 100]]
+            spoilt = torch.ones(1, 9, 40, width, device=device)
+            spoilt[..., width // 2 :] = NAN
+            for memory_format in (torch.contiguous_format, torch.channels_last):
+                fmap = spoilt.contiguous(memory_format=memory_format)
+                output = roialign_ext.roi_align(fmap, boxes_of(box, device), 7, 0.25, 0)
+                # Bins are 7.5 cells wide: those wholly left of -1 or right of the width read nothing.
+                start = left / 4
+                for q in range(7):
+                    begin, end = start + q * 7.5, start + (q + 1) * 7.5
+                    if end <= -1 or begin >= width:
+                        assert not output[..., q].any(), (width, left, q)
+                    elif 0 <= begin and end < width // 2 - 1:
+                        assert torch.allclose(output[..., q], torch.ones_like(output[..., q])), (width, left, q)
+
+
+@row
 def images_that_do_not_exist(name, device):
     """IndexError with row and index where rows can be looked at; else NaN in that row alone, and no gradient."""
     for index in (2, 7, -2, -5, 1e9, -1e9, INF, -INF):

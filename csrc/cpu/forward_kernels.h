@@ -16,6 +16,7 @@ struct Window {
   int64_t start = 0;                                       // of the window, from the start of a row of the map
   std::vector<typename VectorOf<acc_t>::index_t> indices;  // [blocks of bins, depth, lanes]
   std::vector<acc_t> weights;                              // [blocks of bins, depth, lanes]
+  std::vector<int> empty_bins;                             // along a row, those without taps
 
   void prefetch_tables() const {
     prefetch(indices.data(), indices.size());
@@ -36,10 +37,11 @@ Window<acc_t> make_window(const RoITaps<acc_t>& roi, const Level& level) {
     return window;
   }
   for (int bin = 0; bin < num_bins; ++bin) {
-    if (x.offsets[bin] == x.offsets[bin + 1]) {
-      return window;  // a lane without taps would have nothing to shuffle in
+    const int depth = x.offsets[bin + 1] - x.offsets[bin];
+    window.depth = std::max(window.depth, depth);
+    if (depth == 0) {
+      window.empty_bins.push_back(bin);
     }
-    window.depth = std::max(window.depth, x.offsets[bin + 1] - x.offsets[bin]);
   }
   if (!place_window(roi.y, x, {level.height, level.width, level.stride_h}, kL, chunks * kL, window.start)) {
     return window;
@@ -57,8 +59,9 @@ Window<acc_t> make_window(const RoITaps<acc_t>& roi, const Level& level) {
       // Past its own taps a bin repeats the first with weight 0: 0 times a cell of the map, not of what lies beside.
       const int t = x.offsets[bin] + d;
       const bool is_tap = t < x.offsets[bin + 1];
+      const int of_window = std::min<int>(x.offsets[bin], x.taps.size() - 1);
       window.indices[i] = static_cast<typename VectorOf<acc_t>::index_t>(
-          row * kL + x.taps[is_tap ? t : x.offsets[bin]].index - window.start);
+          row * kL + x.taps[is_tap ? t : of_window].index - window.start);
       window.weights[i] = is_tap ? x.taps[t].weight : acc_t(0);
     }
   }
@@ -210,6 +213,12 @@ void pool_window(const RoITaps<acc_t>& roi, const Window<acc_t>& window, const s
     pool(two, one);
   } else {
     with_constant(window.chunks, [&](auto chunks) { pool(one, chunks); });
+  }
+  // They got 0 times cells of others, which could be NaN.
+  for (const int bin : window.empty_bins) {
+    for (int64_t row = 0; row < int64_t(kChannels) * bins_y; ++row) {
+      out[row * bins_x + bin] = scalar_t(0);
+    }
   }
 }
 
