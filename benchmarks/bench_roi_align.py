@@ -471,8 +471,11 @@ def main() -> int:
     bandwidth = {threads: copy_bandwidth(device, threads) for threads in options.threads}
     report = {"machine": describe_machine(device), "copy_bandwidth": bandwidth, "results": []}
     all_matched = True
-    for what in itertools.product(options.workload, options.layout, options.dtype, options.threads):
-        case = Case(*what, device)
+    # Dtypes are measured next to each other, because they are compared.
+    for name, layout, threads, dtype in itertools.product(
+        options.workload, options.layout, options.threads, options.dtype
+    ):
+        case = Case(name, layout, dtype, threads, device)
         print(case, file=sys.stderr)
         results, matched = measure(case, options, bandwidth[case.threads])
         report["results"] += results
