@@ -20,8 +20,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
-SHOWN_SCORE = 0.6  # detections in the picture
-ROWS, COLUMNS = 3, 5  # of crops in it
+ROWS, COLUMNS = 3, 5  # of crops in the picture
 
 
 def average_precision(
@@ -83,6 +82,14 @@ def shown(count: int) -> list[int]:
 Crop = tuple[Tensor, photos.Target, dict[str, Tensor]]  # image (3, S, S), what is to be found, what is found
 
 
+def shown_score(crops: Sequence[Crop]) -> float:
+    """The score down to which as many boxes are found as there are to find: a detector shows what it knows, however
+    little it has learned."""
+    to_find = sum(int((~target["crowd"]).sum()) for _, target, _ in crops)
+    scores = sorted((score for *_, found in crops for score in found["scores"].tolist()), reverse=True)[:to_find]
+    return scores[-1] if scores else 1.0
+
+
 def draw(path: Path, crops: Sequence[Crop], names: Sequence[str], state: dict[str, Any]) -> None:
     """Losses and AP on the left, held-out crops with what was found on the right."""
     figure = plt.figure(figsize=(20, 9.1), facecolor="white")
@@ -96,9 +103,10 @@ def draw(path: Path, crops: Sequence[Crop], names: Sequence[str], state: dict[st
     cells = right.subgridspec(ROWS, COLUMNS, wspace=0.03, hspace=0.03).subplots().ravel()
     for cell in cells:
         cell.set_axis_off()
+    score = shown_score(crops)
     for cell, crop in zip(cells, crops):
-        draw_crop(cell, *crop, names)
-    title = f"Held-out crops: what is found with a score above {SHOWN_SCORE}; dashed, what was to be found"
+        draw_crop(cell, *crop, names, score)
+    title = f"Held-out crops: what is found with a score of {score:.2f} or more; dashed, what was to be found"
     figure.text(0.645, 0.97, title, size=16, ha="center", va="center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
@@ -130,13 +138,20 @@ def draw_by_name(axes: Axes, evaluation: dict[str, Any], names: Sequence[str]) -
     axes.set(xlim=(0, 1), xlabel=f"AP50 by class; {in_words(evaluation)}")
 
 
-def draw_crop(axes: Axes, image: Tensor, target: photos.Target, found: dict[str, Tensor], names: Sequence[str]) -> None:
+def draw_crop(
+    axes: Axes,
+    image: Tensor,
+    target: photos.Target,
+    found: dict[str, Tensor],
+    names: Sequence[str],
+    least_score: float,
+) -> None:
     height, width = image.shape[1:]
     axes.imshow(image.permute(1, 2, 0).numpy(), extent=(0, width, height, 0))
     axes.set(xlim=(0, width), ylim=(height, 0))
     for box in target["boxes"][~target["crowd"]].tolist():
         outline(axes, box, ec="white", lw=1, ls="--")
-    sure = found["scores"] > SHOWN_SCORE
+    sure = found["scores"] >= least_score
     rows = list(zip(*(found[key][sure].tolist() for key in ("boxes", "labels", "scores"))))
     for box, label, _ in rows:
         outline(axes, box, ec=colour_of(label), lw=2)
