@@ -169,10 +169,7 @@ def boxes_of_any_size_cost_no_more_than_the_map(name, device):
 
 @row
 def bins_beside_the_map(name, device):
-    """Zero whatever the map holds, as the samples that would read it are outside; the others are those of a clean map.
-
-    Oracle: boxes cut off where the map ends, on a map whose cells that they do not reach are NaN.
-    """
+    """Zero whatever the map holds, because their samples read nothing: here 1 on the left and NaN on the right."""
     for width in (24, 40):
         for left in (-128.0, 12.0):
             box = [[0, left, 8, left + 210, 100]]
