@@ -139,7 +139,7 @@ class BalancedPositiveNegativeSampler:
         self.batch_size_per_image = batch_size_per_image
         self.positive_fraction = positive_fraction
         # Once: torch.compile makes a variable of a fraction that it meets, and Inductor loses it in what it checks.
-        self._max_positive = int(batch_size_per_image * positive_fraction)
+        self.max_positive = int(batch_size_per_image * positive_fraction)
 
     def __call__(self, matched_idxs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Sample every image.
@@ -170,7 +170,7 @@ class BalancedPositiveNegativeSampler:
         kinds = positions([labels >= 1 for labels in matched_idxs] + [labels == 0 for labels in matched_idxs])
         drawn = []
         for positive, negative in zip(kinds, kinds[len(matched_idxs) :]):
-            positive = _choice(positive, self._max_positive)
+            positive = _choice(positive, self.max_positive)
             drawn.append((positive, _choice(negative, self.batch_size_per_image - len(positive))))
         return drawn
 

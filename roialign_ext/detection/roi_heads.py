@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .box_head import codes_of_class, fastrcnn_loss
 from .boxes import BoxCoder, _shorter_side, box_iou, suppress
@@ -205,15 +206,33 @@ class RoIHeads(nn.Module):
         """Mask logits of all classes, or, where the predictor can choose, of the classes `labels`."""
         pool, head, predictor = self.mask_roi_pool, self.mask_head, self.mask_predictor
         assert pool is not None and head is not None and predictor is not None
-        x = head(pool(features, boxes, image_shapes))
+        rows = [pool(features, boxes, image_shapes)]
         if labels is not None and isinstance(predictor, MaskRCNNPredictor):
-            return predictor(x, torch.cat(labels))
-        return predictor(x)
+            rows.append(torch.cat(labels))
+        return self._logits(head, predictor, rows, len(boxes))
 
     def _keypoint_branch(self, features, boxes, image_shapes) -> Tensor:
         pool, head, predictor = self.keypoint_roi_pool, self.keypoint_head, self.keypoint_predictor
         assert pool is not None and head is not None and predictor is not None
-        return predictor(head(pool(features, boxes, image_shapes)))
+        return self._logits(head, predictor, [pool(features, boxes, image_shapes)], len(boxes))
+
+    def _logits(self, head: nn.Module, predictor: nn.Module, rows: list[Tensor], num_images: int) -> Tensor:
+        """Head and predictor over pooled rows, and over what else the predictor takes for each.
+
+        In a compiled training step zeros follow them, up to as many rows as the sampler may draw. Inductor fails
+        on convolutions of rows whose number only the device knows: it takes their results for contiguous where
+        oneDNN makes them channels_last (torch 2.11, 2.13).
+        """
+        x, *others = rows
+        # No padding where nothing bounds the number, and none into the statistics of a batch.
+        is_sampled = type(self) is RoIHeads and type(self.fg_bg_sampler) is BalancedPositiveNegativeSampler
+        has_statistics = (isinstance(m, _BatchNorm) and m.training for m in (*head.modules(), *predictor.modules()))
+        if not (torch.compiler.is_compiling() and self.training and is_sampled) or any(has_statistics):
+            return predictor(head(x), *others)
+        count, most = len(x), num_images * self.fg_bg_sampler.max_positive
+        torch._check(count <= most)
+        x, *others = (torch.cat([of, of.new_zeros(most - count, *of.shape[1:])]) for of in rows)
+        return predictor(head(x), *others)[:count]
 
     # From proposals to samples
 
