@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -233,42 +234,55 @@ def cuda() -> torch.device:
     return torch.device("cuda")
 
 
+def captured(step: Callable, device_name: str) -> tuple[Sequence[Tensor], Callable[[], None]]:
+    """The results of a step captured in a graph, which are there once it is replayed, and the replay."""
+    if device_name == "emulated":
+        import emulation
+
+        with emulation.capture() as replay:
+            return step(), replay
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        return step(), graph.replay
+
+
 class TestCudaGraphs:
     """Oracle: the call outside of the graph."""
 
+    @pytest.mark.parametrize("mode", ["avg", "max"])
     @pytest.mark.parametrize("by_levels", [False, True], ids=["by-image", "by-level"])
-    def test_replay_with_other_boxes_and_padding(self, by_levels, cuda):
-        features = [torch.randn(2, 8, 64 >> level, 96 >> level, device=cuda, requires_grad=True) for level in range(2)]
-        rows = torch.zeros(32, 5, device=cuda)
-        levels = torch.full((32,), -1, device=cuda) if by_levels else None
-        cotangent = torch.randn(32, 8, 7, 7, device=cuda)
+    @pytest.mark.parametrize("device_name", ["emulated", "cuda"], indirect=True)
+    def test_replay_with_other_boxes_and_padding(self, by_levels, mode, device, device_name):
+        features = [torch.randn(2, 8, 64 >> level, 96 >> level, device=device).requires_grad_() for level in range(2)]
+        rows = torch.zeros(32, 5, device=device)
+        levels = torch.full((32,), -1, device=device) if by_levels else None
+        cotangent = torch.randn(32, 8, 7, 7, device=device)
+        moving = rows.detach().requires_grad_()  # shares the memory of rows
 
         def step():
-            output = roialign_ext.multiscale_roi_align(features, rows, 7, [1, 0.5], 2, levels=levels)
-            return output, *torch.autograd.grad(output, features, cotangent)
+            output = roialign_ext.multiscale_roi_align(features, moving, 7, [1, 0.5], 2, levels=levels, mode=mode)
+            return output, *torch.autograd.grad(output, [moving, *features], cotangent, retain_graph=True)
 
         def fill(count):
             rows[:, 0] = -1.0
-            rows[:count] = torch.tensor(proposals(count, 64, 96, images=2, seed=count), device=cuda)
+            rows[:count] = torch.tensor(proposals(count, 64, 96, images=2, seed=count), device=device)
             if levels is not None:
                 levels.fill_(-1)
-                levels[:count] = torch.arange(count, device=cuda) % 2
+                levels[:count] = torch.arange(count, device=device) % 2
 
         fill(5)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
+        results, replay = captured(step, device_name)
         for count in (5, 32, 1, 17):
             fill(count)
-            graph.replay()
-            for one, other in zip(captured, step()):
+            replay()
+            for one, other in zip(results, step()):
                 assert torch.equal(one, other)
-            assert not captured[0][count:].any()
+            assert results[0][:count].any() and not results[0][count:].any()
 
     def test_side_stream(self, cuda):
         feature = torch.randn(2, 8, 64, 96, device=cuda)

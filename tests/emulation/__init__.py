@@ -8,6 +8,7 @@ environment that `sanitizer_environment` returns), ROIALIGN_EXT_EMULATION_SOURCE
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -17,6 +18,7 @@ import os
 import re
 import subprocess
 import sysconfig
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -58,6 +60,20 @@ def work(library: str | Path | None = None) -> dict[str, int]:
     counts = (ctypes.c_uint64 * len(names))()
     ctypes.CDLL(str(library or module().__file__)).emulation_work(counts)
     return dict(zip(names, counts))
+
+
+@contextlib.contextmanager
+def capture() -> Iterator[Callable[[], None]]:
+    """Stands for torch.cuda.graph: kernels launched inside run when what it yields is called, each time it is.
+
+    Tensors that they read or write must be kept, which on a GPU the graph's memory pool does.
+    """
+    library = ctypes.CDLL(str(module().__file__))
+    library.emulation_begin_capture()
+    try:
+        yield library.emulation_replay
+    finally:
+        library.emulation_end_capture()
 
 
 @functools.cache

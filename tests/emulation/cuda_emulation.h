@@ -56,23 +56,37 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 namespace emulation {
 
+// Stands for a CUDA graph: while one is captured, launches do not run; a replay runs them with the params they had.
+struct Graph {
+  bool is_capturing = false;
+  std::vector<std::function<void()>> launches;
+};
+inline Graph graph;
+
 // Stands for kernel<<<grid, block, shared_bytes>>>(params).
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, const Params& params, size_t shared_bytes = 0) {
   static_assert(sizeof(Params) <= 4096, "kernel arguments share 4 KiB");
-  Machine& m = machine;
   auto product = [](dim3 d) { return uint64_t{d.x} * d.y * d.z; };
   if (!product(grid) || !product(block) || product(block) > kMaxThreads || block.z > 64 || grid.x > INT32_MAX ||
       grid.y > 65535 || grid.z > 65535)
     return cudaErrorInvalidConfiguration;
   if (shared_bytes > 227 << 10) return cudaErrorInvalidValue;
 
-  m.kernel = reinterpret_cast<const void*>(kernel);
-  m.params = &params;
-  m.call = [](const void* kernel, const void* params) {
-    reinterpret_cast<void (*)(Params)>(const_cast<void*>(kernel))(*static_cast<const Params*>(params));
+  const auto run = [=] {
+    Machine& m = machine;
+    m.kernel = reinterpret_cast<const void*>(kernel);
+    m.params = &params;
+    m.call = [](const void* kernel, const void* params) {
+      reinterpret_cast<void (*)(Params)>(const_cast<void*>(kernel))(*static_cast<const Params*>(params));
+    };
+    run_grid(grid, block, shared_bytes);
   };
-  run_grid(grid, block, shared_bytes);
+  if (graph.is_capturing) {
+    graph.launches.push_back(run);
+  } else {
+    run();
+  }
   return cudaSuccess;
 }
 
@@ -133,6 +147,15 @@ unsigned vote(unsigned mask, T value, Site site, Predicate predicate) {
 // For Python, which has the library and none of its headers.
 extern "C" __attribute__((used, visibility("default"))) inline void emulation_work(uint64_t* out) {
   std::memcpy(out, &emulation::machine.work, sizeof(emulation::Work));
+}
+extern "C" __attribute__((used, visibility("default"))) inline void emulation_begin_capture() {
+  emulation::graph = {true, {}};
+}
+extern "C" __attribute__((used, visibility("default"))) inline void emulation_end_capture() {
+  emulation::graph.is_capturing = false;
+}
+extern "C" __attribute__((used, visibility("default"))) inline void emulation_replay() {
+  for (const auto& launch : emulation::graph.launches) launch();
 }
 
 #define threadIdx (emulation::machine.current->index)
