@@ -14,6 +14,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -504,6 +505,13 @@ ROIALIGN_LIBRARY(ROIALIGN_NAMESPACE, library) {
 #endif
 }
 
+// The derivatives are Python's (autograd.py). Whoever wants one of a bare operator gets an error, not zeros.
+ROIALIGN_LIBRARY_IMPL(ROIALIGN_NAMESPACE, Autograd, library) {
+#define ROIALIGN_REFUSE(name) library.impl(#name, torch::autograd::autogradNotImplementedFallback());
+  ROIALIGN_FOR_EACH_KERNEL(ROIALIGN_REFUSE)
+#undef ROIALIGN_REFUSE
+}
+
 #ifdef ROIALIGN_EXT_EMULATED
 ROIALIGN_LIBRARY_IMPL(ROIALIGN_NAMESPACE, CPU, library) { implement<Cuda>(library); }
 #else
@@ -556,11 +564,11 @@ int64_t launch_count() {
 }
 
 #ifndef ROIALIGN_EXT_EMULATED
-// Whether vmap, a derivative of torch.func or a level of forward-mode derivatives is at work. Python has no public way
-// to ask.
+// Python has no public way to ask.
+bool has_forward_derivatives() { return torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr; }
 bool is_transformed() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
+         has_forward_derivatives();
 }
 #endif
 
@@ -572,6 +580,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
 #ifndef ROIALIGN_EXT_EMULATED
   module.def("is_transformed", &roialign::is_transformed,
              "Whether torch.func or forward-mode derivatives are at work.");
+  module.def("has_forward_derivatives", &roialign::has_forward_derivatives,
+             "Whether forward-mode derivatives are, of torch.func or not.");
   module.def("set_cpu_capability", &roialign::cpu::set_capability,
              "Runs the CPU kernels with an instruction set by name; false if machine or build lack it.");
   module.def("release_memory", &roialign::OutputMemory::release,

@@ -36,8 +36,13 @@ def launch_count() -> int:
 
 
 def is_transformed() -> bool:
-    """Whether vmap, a derivative of torch.func or a level of forward-mode derivatives is at work."""
+    """Whether transforms of torch.func or forward-mode derivatives are at work."""
     return bool(_module.is_transformed())
+
+
+def has_forward_derivatives() -> bool:
+    """Whether forward-mode derivatives are at work, of torch.func or not."""
+    return bool(_module.has_forward_derivatives())
 
 
 def set_cpu_capability(name: str) -> bool:

@@ -311,6 +311,13 @@ class RoIMaxBackward(transforms.Function):
             grad_boxes = transforms.apply(MaxBoxGradient, grad_output, argmax, boxes, levels, ctx.pooling, *directions)
         return grad_grad_output, None, grad_boxes, None, None, None, None, None
 
+    @staticmethod
+    def tangent(inputs, output, grad_tangent, _argmax, boxes_tangent, *_):
+        if boxes_tangent is not None:
+            raise NotImplementedError('roi_align: with mode="max" boxes have no forward-mode derivative')
+        _, *others = inputs
+        return tuple(transforms.apply(RoIMaxBackward, grad_tangent, *others))
+
 
 class MaxBoxGradient(transforms.Function):
     """grad of pooled, winners, boxes, features -> grad of the boxes."""
@@ -345,6 +352,20 @@ def roi_align_tangent(
     return transforms.apply(RoIAlignTangent, boxes, box_tangents, levels, output_size, pooling, *features)
 
 
+# How torch.compile batches the operators: what their first inputs are; see transforms.Function.
+for _name, _kinds in {
+    "roi_align_forward": ("maps", "boxes", "rows"),
+    "roi_align_backward": ("rows", "boxes", "rows", "images"),
+    "roi_align_backward_boxes": ("rows", "maps", "boxes", "rows"),
+    "roi_align_tangent": ("maps", "boxes", "rows", "rows"),
+    "roi_max_forward": ("maps", "boxes", "rows"),
+    "roi_max_gather": ("maps", "rows", "boxes", "rows"),
+    "roi_max_backward": ("rows", "rows", "boxes", "rows", "images"),
+    "roi_max_backward_boxes": ("rows", "rows", "maps", "boxes", "rows"),
+}.items():
+    transforms.register_vmap(f"roialign_ext::{_name}", _kinds, getattr(operators, _name))
+
+
 def _any(tangents: Sequence[Tensor | None]) -> bool:
     return any(tangent is not None for tangent in tangents)
 
@@ -371,26 +392,26 @@ def _maps_of(features: Sequence[Tensor]) -> tuple[int, list[int], bool]:
 
 @torch.library.register_fake("roialign_ext::roi_align_forward")
 def _(features, boxes, levels, output_size, *pooling):
-    _check_one_device(features, boxes=boxes, levels=levels)
+    _check_fake(features, boxes, levels=levels)
     return _fake_pooled(features, boxes, output_size)
 
 
 @torch.library.register_fake("roialign_ext::roi_align_tangent")
 def _(features, boxes, box_tangents, levels, output_size, *pooling):
-    _check_one_device(features, boxes=boxes, box_tangents=box_tangents, levels=levels)
+    _check_fake(features, boxes, box_tangents=box_tangents, levels=levels)
     return _fake_pooled(features, boxes, output_size)
 
 
 @torch.library.register_fake("roialign_ext::roi_max_forward")
 def _(features, boxes, levels, output_size, *pooling):
-    _check_one_device(features, boxes=boxes, levels=levels)
+    _check_fake(features, boxes, levels=levels)
     pooled = _fake_pooled(features, boxes, output_size)
     return pooled, torch.empty_like(pooled, dtype=torch.int32)
 
 
 @torch.library.register_fake("roialign_ext::roi_max_gather")
 def _(features, argmax, boxes, levels, *pooling):
-    _check_one_device(features, argmax=argmax, boxes=boxes, levels=levels)
+    _check_fake(features, boxes, argmax=argmax, levels=levels)
     return _fake_pooled(features, boxes, argmax.shape[2:])
 
 
@@ -419,13 +440,20 @@ def _(boxes, *rule):
     return boxes.new_empty(boxes.shape[0], dtype=torch.int64)
 
 
-def _check_one_device(features: Sequence[Tensor], **others: Tensor | None) -> None:
-    """The dispatcher sends a call to the fake kernel if any of its tensors has no data, whatever the others are."""
+def _check_fake(features: Sequence[Tensor], boxes: Tensor, **others: Tensor | None) -> None:
+    """The mistakes made most; and devices, as the dispatcher sends a call here if any of its tensors has no data."""
     name = "roi_align" if len(features) == 1 else "multiscale_roi_align"
-    tensors = {f"features[{i}]": f for i, f in enumerate(features)} | others
+    tensors = {f"features[{i}]": f for i, f in enumerate(features)} | {"boxes": boxes} | others
     for argument, tensor in tensors.items():
         if tensor is not None and tensor.device != features[0].device:
             raise ValueError(f"{name}: `{argument}` must be on {features[0].device}, got {tensor.device}")
+    for i, x in enumerate(features):
+        if x.dim() != 4:
+            raise ValueError(f"{name}: `features[{i}]` must have shape (N, C, H, W), got {tuple(x.shape)}")
+    if boxes.dim() != 2 or boxes.shape[1] != 5:
+        raise ValueError(f"{name}: `boxes` must have shape (K, 5), got {tuple(boxes.shape)}")
+    if not boxes.is_floating_point():
+        raise TypeError(f"{name}: `boxes` must be floating point, got {boxes.dtype}")
 
 
 def _fake_pooled(features: Sequence[Tensor], boxes: Tensor, output_size: Sequence[int]) -> Tensor:

@@ -178,7 +178,8 @@ class MultiScaleRoIAlign(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"featmap_names={self.featmap_names}, output_size={self.output_size}, "
-            f"sampling_ratio={self.sampling_ratio}, aligned={self.aligned}"
+            f"sampling_ratio={self.sampling_ratio}, canonical_scale={self.canonical_scale}, "
+            f"canonical_level={self.canonical_level}, aligned={self.aligned}, spatial_scales={self.spatial_scales}"
         )
 
 
@@ -191,4 +192,14 @@ def infer_scales(map_sizes: Sequence[Sequence[int]], image_shapes: Sequence[Sequ
     if len(image_shapes) == 0:
         raise ValueError("MultiScaleRoIAlign: `image_shapes` must hold the shape of an image to infer scales from")
     image = [max(shape[axis] for shape in image_shapes) for axis in (0, 1)]
-    return [min(2.0 ** round(math.log2(size[axis] / image[axis])) for axis in (0, 1)) for size in map_sizes]
+    return [min(_power_of_two(size[axis] / image[axis]) for axis in (0, 1)) for size in map_sizes]
+
+
+def _power_of_two(ratio: float) -> float:
+    """The nearest, as exponents count. By comparisons, which torch.export keeps as bounds of sizes it does not know."""
+    exponent = 0
+    while ratio < 2.0 ** (exponent - 0.5):
+        exponent -= 1
+    while ratio >= 2.0 ** (exponent + 0.5):
+        exponent += 1
+    return 2.0**exponent

@@ -23,7 +23,8 @@ def export(model: torch.nn.Module, args: tuple = (), f: Any = None, **options: A
 
     Args:
         model, args, f: see `torch.onnx.export`.
-        options: further arguments of it, such as `dynamic_shapes`; a `custom_translation_table` is added to ours.
+        options: further arguments of it but `dynamo`, such as `dynamic_shapes`; a `custom_translation_table` is
+            added to ours.
 
     Returns:
         A `torch.onnx.ONNXProgram`.
@@ -40,6 +41,8 @@ def export(model: torch.nn.Module, args: tuple = (), f: Any = None, **options: A
         >>> "RoiAlign" in {node.op_type for node in program.model.graph}
         True
     """
+    if not options.pop("dynamo", True):
+        raise ValueError("roialign_ext.onnx.export: `dynamo` must be True, the older exporter knows no such operators")
     table = {**custom_translation_table(), **options.pop("custom_translation_table", {})}
     return torch.onnx.export(model, args, f, dynamo=True, custom_translation_table=table, **options)
 

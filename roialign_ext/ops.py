@@ -5,6 +5,7 @@ What is computed lives in the kernels (csrc) and, in plain PyTorch, in `referenc
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,8 @@ from . import autograd, transforms
 
 Boxes = Tensor | Sequence[Tensor]
 Scale = float | tuple[float, float]
+
+_WHOLE = (int, torch.SymInt, numbers.Integral)  # the last are numpy's
 
 
 def multiscale_roi_align(
@@ -77,15 +80,21 @@ def multiscale_roi_align(
         raise ValueError(f'{name}: `mode` must be "avg" or "max", got {mode!r}')
     if levels is not None and not isinstance(levels, Tensor):
         raise TypeError(f"{name}: `levels` must be a tensor, got {type(levels).__name__}")
+    bins = _pair(name, "output_size", output_size)
+    if not (isinstance(bins[0], _WHOLE) and isinstance(bins[1], _WHOLE) and isinstance(sampling_ratio, _WHOLE)):
+        raise TypeError(
+            f"{name}: `output_size` and `sampling_ratio` must be whole numbers, got {output_size!r}, {sampling_ratio!r}"
+        )
+    if aligned not in (True, False, None):
+        raise TypeError(f"{name}: `aligned` must be True or False, got {aligned!r}")
     pooling = autograd.Pooling(
-        [float(s) for scale in spatial_scales for s in _pair(name, "spatial_scales", scale)],
+        _scales(name, spatial_scales),
         sampling_ratio,
         aligned,
         canonical_level,
         float(canonical_scale),
     )
-    rois = _as_rois(name, boxes, features[0].shape[0] if features and features[0].dim() else 0)
-    bins = _pair(name, "output_size", output_size)
+    rois = _as_rois(name, boxes, features)
     if mode == "max":
         return transforms.apply(autograd.RoIMax, rois, levels, bins, pooling, *features)[0]
     return transforms.apply(autograd.RoIAlign, rois, levels, bins, pooling, *features)
@@ -175,28 +184,37 @@ def _pair(name: str, argument: str, value):
     return value, value
 
 
+def _scales(name: str, scales: Sequence[Scale]) -> list[float]:
+    """Those of y and x of every level."""
+    try:
+        return [float(s) for scale in scales for s in _pair(name, "spatial_scales", scale)]
+    except TypeError:
+        raise TypeError(f"{name}: `spatial_scales` must be a number or a pair for each map, got {scales!r}") from None
+
+
 def _describe(value: object) -> str:
     if isinstance(value, Sequence):
         return f"{type(value).__name__} of {', '.join(sorted({type(x).__name__ for x in value}))}"
     return type(value).__name__
 
 
-def _as_rois(name: str, boxes: Boxes, num_images: int | None = None) -> Tensor:
+def _as_rois(name: str, boxes: Boxes, features: Sequence[Tensor] | None = None) -> Tensor:
     """Boxes as rows `[image, x1, y1, x2, y2]`; a tensor is taken as it is and checked by the operator.
 
-    A list must hold as many tensors as there are images, where their number is given.
+    A list must hold as many tensors as `features`, where they are given, have images.
     """
     if isinstance(boxes, Tensor):
         return boxes
     if not isinstance(boxes, Sequence) or not all(isinstance(x, Tensor) for x in boxes):
         raise TypeError(f"{name}: `boxes` must be a tensor or a sequence of tensors, got {_describe(boxes)}")
-    if num_images is not None and len(boxes) != num_images:
+    num_images = len(boxes) if features is None else features[0].shape[0] if features and features[0].dim() else 0
+    if len(boxes) != num_images:
         raise ValueError(f"{name}: `boxes` must hold one tensor per image, {num_images}, got {len(boxes)}")
     for i, x in enumerate(boxes):
         if x.dim() != 2 or x.shape[1] != 4:
             raise ValueError(f"{name}: `boxes[{i}]` must have shape (K, 4), got {tuple(x.shape)}")
     if not boxes:
-        return torch.zeros(0, 5)
+        return torch.zeros(0, 5, device=features[0].device if features else None)
     rows = torch.cat(list(boxes))
     if rows.dtype in (torch.float16, torch.bfloat16):
         rows = rows.float()  # a half cannot count many images

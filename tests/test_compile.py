@@ -5,11 +5,15 @@ The oracle is the same call in eager mode, whose values the other files check, u
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
+
 import pytest
 import torch
 from cases import CASE, VALUES, proposals
 from detectors import CHANNELS, problem, second_stage
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import roialign_ext
 from roialign_ext import detection
@@ -150,6 +154,83 @@ class TestPooler:
             boxes = [rows_of(count, height, width)[:, 1:], rows_of(count + 5, height, width)[:, 1:]]
             inputs = (maps_of(height, width, requires_grad=False), boxes, [(height, width), (height - 3, width - 9)])
             assert torch.equal(program(*inputs), call(*inputs))
+
+
+class TestTorchFunc:
+    """Transforms of torch.func in a graph: right, or an error. Oracle: eager mode."""
+
+    FEATURE, ROWS = torch.randn(2, 3, 16, 20), torch.tensor([[0, 1.2, 2, 9, 11], [1, 3, 3.1, 12, 8], [-1, 0, 0, 0, 0]])
+    SETS = torch.stack([ROWS, ROWS.flip(0)])
+
+    @staticmethod
+    def pooled(feature: Tensor, rows: Tensor, mode: str = "avg") -> Tensor:
+        return roialign_ext.roi_align(feature, rows, 3, 1.0, 2, mode=mode)
+
+    @classmethod
+    def loss(cls, *inputs: Any) -> Tensor:
+        return cls.pooled(*inputs).square().sum()
+
+    CAPTURED: ClassVar[dict[str, Callable]] = {
+        "grad": lambda of: torch.func.grad(of.loss, (0, 1))(of.FEATURE, of.ROWS),
+        "grad-max": lambda of: torch.func.grad(of.loss, (0, 1))(of.FEATURE, of.ROWS, "max"),
+        "vjp": lambda of: torch.func.vjp(of.pooled, of.FEATURE, of.ROWS)[1](torch.ones(3, 3, 3, 3)),
+        "jacrev": lambda of: torch.func.jacrev(lambda rows: of.pooled(of.FEATURE, rows).sum((1, 2, 3)))(of.ROWS),
+        "vmap-boxes": lambda of: torch.vmap(of.pooled, (None, 0))(of.FEATURE, of.SETS),
+        "vmap-max": lambda of: torch.vmap(lambda rows: of.pooled(of.FEATURE, rows, "max"))(of.SETS),
+        "vmap-twice": lambda of: torch.vmap(torch.vmap(of.pooled, (0, None)), (None, 0))(
+            torch.stack([of.FEATURE, of.FEATURE.flip(0)]), of.SETS
+        ),
+    }
+
+    @pytest.mark.parametrize("name", CAPTURED)
+    def test_in_one_graph(self, name):
+        call = self.CAPTURED[name]
+        for one, other in zip(compiled(call)(type(self)), call(type(self)), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+    def test_gradients_of_weights_before_the_pooler(self):
+        convolution = nn.Conv2d(3, 3, 3, padding=1)
+
+        def loss(weight):
+            feature = torch.func.functional_call(convolution, {"weight": weight}, self.FEATURE)
+            return self.loss(feature, self.ROWS)
+
+        weight = convolution.weight.detach()
+        found, expected = compiled(torch.func.grad(loss))(weight), torch.func.grad(loss)(weight)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+    def test_forward_mode_leaves_the_graph(self):
+        def along(rows):
+            return torch.func.jvp(lambda r: self.pooled(self.FEATURE, r), (rows,), (torch.ones_like(rows),))[1]
+
+        assert torch.equal(torch.compile(along, backend="aot_eager")(self.ROWS), along(self.ROWS))
+        torch.compiler.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="forward_mode_derivatives_are_not_captured"):
+            compiled(along)(self.ROWS)
+
+    def test_dual_tensors_for_a_graph_without_are_an_error(self):
+        program = compiled(lambda feature: self.pooled(feature, self.ROWS))
+        program(self.FEATURE)
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward AD with roialign_ext"):
+            program(forward_ad.make_dual(self.FEATURE, self.FEATURE))
+
+    REFUSED: ClassVar[dict[str, Callable]] = {
+        "grad-of-grad": lambda of: torch.func.grad(
+            lambda feature: torch.func.grad(of.loss)(feature, of.ROWS).square().sum()
+        )(of.FEATURE),
+        "grad-of-vmap": lambda of: torch.func.grad(
+            lambda feature: torch.vmap(of.pooled, (None, 0))(feature, of.SETS).square().sum()
+        )(of.FEATURE),
+        "vmap-of-grad": lambda of: torch.vmap(torch.func.grad(of.loss), (None, 0))(of.FEATURE, of.SETS),
+    }
+
+    @pytest.mark.parametrize("fullgraph", [False, True])
+    @pytest.mark.parametrize("name", REFUSED)
+    def test_what_is_not_captured_is_an_error(self, name, fullgraph):
+        call = self.REFUSED[name]
+        assert torch.is_tensor(call(type(self)))
+        with pytest.raises(Exception, match="captures no gradient of a gradient|does not have vmap|not implemented"):
+            torch.compile(call, backend="aot_eager", fullgraph=fullgraph)(type(self))
 
 
 class PoolerAndHead(nn.Module):

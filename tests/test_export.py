@@ -79,8 +79,9 @@ class TestTorchExport:
             features = [torch.randn(1, 3, height >> level, width >> level) for level in range(3)]
             assert torch.equal(program(rows[:count], None, features), Pool(case)(rows[:count], None, features))
 
-    def test_boxes_as_lists_of_the_module(self):
-        """Oracle: the module in eager mode, bit for bit."""
+    @pytest.mark.parametrize("strict", [False, True], ids=["default", "strict"])
+    def test_boxes_as_lists_of_the_module(self, strict):
+        """Oracle: the module in eager mode, bit for bit. No size is a multiple of the stride."""
 
         class Model(nn.Module):
             def __init__(self):
@@ -96,12 +97,22 @@ class TestTorchExport:
             torch.tensor([[1.0, 2, 30, 40], [3, 4, 20, 20]]),
             torch.tensor([[0.0, 0, 9, 9], [8, 3, 40, 40], [0, 1, 9, 9]]),
         ]
-        inputs = (torch.randn(2, 3, 64, 96), boxes)
-        program = torch.export.export(model, inputs, dynamic_shapes=({2: free, 3: free}, [{0: free}, {0: free}]))
+        inputs = (torch.randn(2, 3, 63, 97), boxes)
+        program = torch.export.export(
+            model, inputs, dynamic_shapes=({2: free, 3: free}, [{0: free}, {0: free}]), strict=strict
+        )
         program = through_a_file(program).module()
-        for image in (inputs[0], torch.randn(2, 3, 128, 128)):
+        for image in (inputs[0], torch.randn(2, 3, 128, 128), torch.randn(2, 3, 250, 131)):
             other = [boxes[1], boxes[0][:1].repeat(4, 1)]
             assert torch.equal(program(image, other), model(image, other))
+
+    def test_no_gradient_is_an_error_and_not_zero(self):
+        """An exported program holds the bare operator."""
+        rows, levels, features = inputs_of(CASE["levels-3"])
+        features = [x.requires_grad_() for x in features]
+        output = exported(CASE["levels-3"]).module()(rows, levels, features)
+        with pytest.raises(RuntimeError, match="derivative for roialign_ext::roi_align_forward is not implemented"):
+            output.sum().backward()
 
 
 @pytest.mark.slow

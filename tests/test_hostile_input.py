@@ -659,6 +659,12 @@ class TestErrors:
         "output-zero": ({"output_size": 0}, ValueError, r"`output_size` must .*, got .*0"),
         "output-negative": ({"output_size": (7, -1)}, ValueError, r"`output_size` must .*, got .*-1"),
         "output-of-three": ({"output_size": (7, 7, 7)}, ValueError, r"(must|expected) .*, got "),
+        "output-a-fraction": ({"output_size": 7.0}, TypeError, r"`output_size` .*must .*, got 7.0"),
+        "output-a-tensor": ({"output_size": (torch.tensor(7), 7)}, TypeError, r"`output_size` .*must .*, got "),
+        "ratio-a-fraction": ({"sampling_ratio": 2.0}, TypeError, r"`sampling_ratio` must .*, got .*2.0"),
+        "aligned-a-word": ({"aligned": "yes"}, TypeError, r"`aligned` must .*, got 'yes'"),
+        "scales-one-number": ({"spatial_scales": 0.25}, TypeError, r"`spatial_scales` must .*, got 0.25"),
+        "scales-none": ({"spatial_scales": [None, 0.125]}, TypeError, r"`spatial_scales` must .*, got \[None"),
         "mode-unknown": ({"mode": "median"}, ValueError, r"`mode` must .*, got 'median'"),
         "levels-too-few": ({"levels": torch.zeros(0).long()}, ValueError, r"`levels` must .*\(1,?\).*, got \(0,?\)"),
         "levels-of-floats": ({"levels": torch.zeros(1)}, TypeError, r"`levels` must .*, got .*float"),
@@ -717,6 +723,18 @@ class TestErrors:
         arguments = {"num_levels": 4, **options}
         with pytest.raises(kind, match=r"^assign_levels: .* must .*, got "):
             roialign_ext.assign_levels(boxes.to(device) if isinstance(boxes, Tensor) else boxes, **arguments)
+
+    @pytest.mark.parametrize("wrong", ["boxes-of-four-columns", "boxes-of-integers", "features-of-three-dimensions"])
+    def test_without_data(self, wrong):
+        """The fake kernels find what is wrong most often."""
+        change, kind, pattern = self.WRONG[wrong]
+        arguments = {
+            name: value.to("meta") if isinstance(value, Tensor) else value
+            for name, value in {**self.GOOD, **change}.items()
+        }
+        arguments["features"] = [x.to("meta") for x in arguments["features"]]
+        with pytest.raises(kind, match="^multiscale_roi_align: .*" + pattern.replace("got .*int64", "got")):
+            roialign_ext.multiscale_roi_align(**arguments)
 
     def test_a_failed_call_leaves_the_next_one_sound(self, device):
         """Oracle: by eye."""

@@ -250,8 +250,11 @@ class TestModules:
         assert repr(self.MODULES["RoIAlign"]()) == (
             "RoIAlign(output_size=(7, 5), spatial_scale=0.25, sampling_ratio=2, aligned=True)"
         )
-        for option in ("featmap_names=['0', '1', '2', '3']", "output_size=(7, 5)", "sampling_ratio=2"):
-            assert option in repr(self.MODULES["MultiScaleRoIAlign"]())
+        pooler = roialign_ext.MultiScaleRoIAlign(["0", "1"], (7, 5), 2, canonical_level=3, spatial_scales=[0.5, 0.25])
+        assert repr(pooler) == (
+            "MultiScaleRoIAlign(featmap_names=['0', '1'], output_size=(7, 5), sampling_ratio=2, canonical_scale=224, "
+            "canonical_level=3, aligned=False, spatial_scales=[0.5, 0.25])"
+        )
 
     def test_level_mapper_pickles(self):
         """Oracle: torchvision's LevelMapper."""

@@ -130,6 +130,19 @@ class TestVmap:
         with pytest.raises(IndexError):
             torch.vmap(pool)(rows, *features)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_more_sets_than_a_half_can_count(self, dtype, device):
+        feature = torch.randn(2100, 1, 1, 4, 4, device=device)
+        rows = torch.tensor([[0, 0.5, 0.5, 3, 3]], device=device, dtype=dtype)
+        found = torch.vmap(lambda x: roialign_ext.roi_align(x, rows, 1, 1.0, 1))(feature)
+        assert torch.equal(
+            found.flatten(), roialign_ext.roi_align(feature[:, 0], [rows[:, 1:]] * 2100, 1, 1.0, 1).flatten()
+        )
+
+    def test_no_set_at_all_is_an_error(self, device):
+        with pytest.raises(ValueError, match="`vmap` must map over one call at least"):
+            torch.vmap(pool, (0, None, None))(box_sets(device)[:0], *pyramid(device))
+
     @pytest.mark.parametrize("mode", MODES)
     def test_gradients(self, mode, device):
         rows, features = box_sets(device)[:, :3].nan_to_num(1), pyramid(device, 3)
@@ -230,6 +243,20 @@ class TestForwardMode:
         _, back = torch.func.vjp(gradient, rows, *features)
         for one, other in zip(forward, back(directions)):
             torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_second_derivatives_in_features(self, mode, device):
+        """Forward over reverse against reverse over reverse."""
+        rows, features, directions = boxes(device), tuple(pyramid(device)), tuple(pyramid(device))
+
+        def loss(*inputs):
+            return pool(rows, *inputs, mode=mode).pow(3).sum()
+
+        gradient = torch.func.grad(loss, argnums=(0, 1))
+        _, forward = torch.func.jvp(gradient, features, directions)
+        _, back = torch.func.vjp(gradient, *features)
+        for one, other in zip(forward, back(directions)):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
     def test_second_derivatives_by_differences(self):
         """Oracle: gradgradcheck, of features and of the features with the boxes."""
