@@ -118,6 +118,17 @@ class TestByEye:
         (found,) = torch.autograd.grad(output, boxes, weight)
         assert not found[0].any() and found[1, 1:].all()
 
+    @pytest.mark.parametrize("ratio", [2, 9], ids=["few-samples", "many-samples"])
+    def test_nan_times_the_slope_of_a_clamped_sample_is_nan(self, ratio, device):
+        # Samples of the first box are clamped to the corner of the map, so that their slopes are 0.
+        feature = torch.randn(1, 17, 8, 9, device=device)
+        boxes = torch.tensor([[0, -0.4, -0.4, 0.4, 0.4], [0, 1, 1, 5, 5]], device=device, requires_grad=True)
+        output = roialign_ext.roi_align(feature, boxes, 2, 1.0, ratio, aligned=True, mode="max")
+        weight = torch.ones_like(output)
+        weight[0, 3, 1, 1] = math.nan
+        (found,) = torch.autograd.grad(output, boxes, weight)
+        assert found[0, 1:].isnan().all() and not found[1].isnan().any()
+
     @pytest.mark.parametrize("device_name", ["emulated", "cuda"], indirect=True)
     @MODE
     def test_rows_that_name_no_image_get_no_gradient(self, mode, device):

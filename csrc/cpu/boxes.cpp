@@ -3,7 +3,6 @@
 #include "placed_rois.h"
 #include "taps.h"
 
-#include <array>
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>

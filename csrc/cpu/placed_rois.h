@@ -45,6 +45,12 @@ PlacedRoIs<typename Params::acc_t> place(const Params& params) {
   return placed;
 }
 
+// The gradient of a RoI's edges, in cells.
+template <typename acc_t>
+struct EdgeTotals {
+  acc_t near_y = 0, far_y = 0, near_x = 0, far_x = 0;
+};
+
 // Where the channels of a row of `pooled` lie: element (c, bin) of row k at (k * C * bins) + c * channel + bin * bin.
 struct PooledStrides {
   int64_t row, channel, bin;
