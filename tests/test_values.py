@@ -229,6 +229,23 @@ class TestAgainstTheFloat64Reference:
         output = roialign_ext.roi_align(features.to(device), torch.tensor([[0.0, 2, 2, 6, 6]]).to(device), 2, 1.0, 2)
         assert output.isnan().flatten().tolist() == [True, False, False, False]
 
+    @pytest.mark.parametrize("device_name", ["cpu", "cuda"], indirect=True)
+    @pytest.mark.parametrize("channels", [9, 130], ids=["few-channels", "many-channels"])
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_many_boxes(self, layout, channels, device, threads):
+        """Oracle: the same boxes a hundred at a time, bit for bit, on any number of threads."""
+        features = [torch.randn(2, channels, 64 >> level, 96 >> level, device=device) for level in range(2)]
+        features = LAYOUTS[layout](features)
+        rows = torch.tensor(proposals(2345, 64, 96, images=2), device=device)
+
+        def pooled(rows):
+            return roialign_ext.multiscale_roi_align(features, rows, 3, [1.0, 0.5], 2)
+
+        expected = torch.cat([pooled(few) for few in rows.split(100)])
+        for count in (1, 2, 3):
+            threads(count)
+            assert torch.equal(pooled(rows), expected)
+
     def test_list_of_boxes(self, device):
         """Oracle: the float64 reference of the boxes as rows."""
         case = CASE["images-uneven"]

@@ -68,7 +68,7 @@ Window<acc_t> make_window(const RoITaps<acc_t>& roi, const Level& level) {
   return window;
 }
 
-// The cache lines of the maps that windows read, each once: where the walk over the RoIs first gets to it.
+// The cache lines of the maps that windows read, each once in a section: where the walk first gets to it.
 template <typename scalar_t>
 struct FirstReads {
   struct Line {
@@ -81,13 +81,20 @@ struct FirstReads {
 
 template <typename Params, typename acc_t>
 FirstReads<typename Params::scalar_t> first_reads(const Params& params, const std::vector<RoITaps<acc_t>>& rois,
-                                                  const std::vector<Window<acc_t>>& windows, const RoIOrder& order) {
+                                                  const std::vector<Window<acc_t>>& windows, const RoIOrder& order,
+                                                  int64_t rois_in_section) {
   using scalar_t = typename Params::scalar_t;
   constexpr int64_t kCells = 64 / sizeof(scalar_t);  // of a line
   FirstReads<scalar_t> reads;
   std::vector<std::vector<bool>> is_read(int64_t(params.num_images) * params.rule.num_levels);
   reads.offsets.push_back(0);
-  for (const int64_t k : order.rois) {
+  for (int64_t i = 0; i < params.num_rois; ++i) {
+    const int64_t k = order.rois[i];
+    if (i % rois_in_section == 0) {
+      for (auto& map : is_read) {
+        map.clear();
+      }
+    }
     if (windows[k].chunks > 0) {
       const auto& level = params.levels[rois[k].level];
       auto& is_read_of_map = is_read[rois[k].image * params.rule.num_levels + rois[k].level];
@@ -113,14 +120,19 @@ FirstReads<typename Params::scalar_t> first_reads(const Params& params, const st
 template <typename scalar_t>
 class ReadAhead {
  public:
-  ReadAhead(const FirstReads<scalar_t>& reads, int first_channel, int num_channels)
-      : reads_(reads), first_channel_(first_channel), num_channels_(num_channels) {}
+  // Of RoIs [first_roi, last_roi) of the walk.
+  ReadAhead(const FirstReads<scalar_t>& reads, int64_t first_roi, int64_t last_roi, int first_channel, int num_channels)
+      : reads_(reads), last_roi_(last_roi), first_channel_(first_channel), num_channels_(num_channels) {
+    if (!reads_.offsets.empty()) {
+      next_ = reads_.offsets[first_roi];
+    }
+  }
 
   // The walk is at its i-th RoI.
   void at(int64_t i) {
-    constexpr size_t kRoIs = 32;  // against 8, 2 % faster; 64 gain nothing
+    constexpr int64_t kRoIs = 32;  // against 8, 2 % faster; 64 gain nothing
     if (!reads_.offsets.empty()) {
-      end_ = reads_.offsets[std::min<size_t>(i + kRoIs, reads_.offsets.size() - 1)];
+      end_ = reads_.offsets[std::min(i + kRoIs, last_roi_)];
     }
   }
 
@@ -136,6 +148,7 @@ class ReadAhead {
 
  private:
   const FirstReads<scalar_t>& reads_;
+  const int64_t last_roi_;
   const int first_channel_, num_channels_;
   size_t next_ = 0, end_ = 0;
 };
@@ -262,18 +275,23 @@ void pool_taps(const RoITaps<acc_t>& roi, const scalar_t* plane, int64_t stride_
   }
 }
 
-// NCHW. A piece of work is a block of channels and a run of RoIs, which pass over the block's planes from top to bottom:
-// an order of rows in which hardware sees no pattern, so what comes next is asked for while a row is made.
+// NCHW. RoIs pass over the planes from top to bottom, an order of rows in which hardware sees no pattern, so what comes
+// next is asked for while a row is made. A section of RoIs goes through all blocks of channels before the next, or tables
+// would leave the cache between two blocks: 10,000 RoIs in one take 1.3 to 2.2 times as long. A piece of work is a block of
+// channels and a section, or a part of one where blocks are few.
 template <typename Params>
 void pool_planes(const Params& params, const std::vector<RoITaps<typename Params::acc_t>>& rois, const RoIOrder& order,
                  const ParallelFor& parallel_for) {
   using scalar_t = typename Params::scalar_t;
   using acc_t = typename Params::acc_t;
   constexpr int kChannels = 8;  // against 4, 1.17 times as fast; 16 gain another 1.00 to 1.09
-  constexpr int64_t kManyBlocks = 16, kFewRois = 64;
-  const int64_t num_blocks = (params.num_channels + kChannels - 1) / kChannels;
-  const int64_t rois_in_run = num_blocks >= kManyBlocks ? params.num_rois : kFewRois;
-  const int64_t num_runs = (params.num_rois + rois_in_run - 1) / rois_in_run;
+  constexpr int64_t kManyBlocks = 16, kFewRois = 64, kManyRois = 1024;
+  const auto pieces_of = [](int64_t count, int64_t most) { return (count + most - 1) / most; };
+  const int64_t num_blocks = pieces_of(params.num_channels, kChannels);
+  const int64_t num_sections = pieces_of(params.num_rois, kManyRois);
+  const int64_t rois_in_section = pieces_of(params.num_rois, num_sections);
+  const int64_t num_parts = num_blocks >= kManyBlocks ? 1 : pieces_of(rois_in_section, kFewRois);
+  const int64_t rois_in_part = pieces_of(rois_in_section, num_parts);
   const int64_t bins = int64_t(params.bins_y) * params.bins_x;
 
   std::vector<Window<acc_t>> windows(rois.size());
@@ -285,15 +303,18 @@ void pool_planes(const Params& params, const std::vector<RoITaps<typename Params
     }
   });
   // Worth the making where many blocks take the same walk.
-  const auto reads = num_blocks >= kManyBlocks ? first_reads(params, rois, windows, order) : FirstReads<scalar_t>();
+  const auto reads =
+      num_blocks >= kManyBlocks ? first_reads(params, rois, windows, order, rois_in_section) : FirstReads<scalar_t>();
 
   const auto pool_piece = [&](int64_t piece, std::vector<acc_t>& row) {
-    const int first_channel = static_cast<int>(piece / num_runs) * kChannels;
+    const int64_t section = piece / (num_blocks * num_parts), block = piece / num_parts % num_blocks;
+    const int first_channel = static_cast<int>(block) * kChannels;
     const int num_channels = std::min(kChannels, params.num_channels - first_channel);
-    const int64_t first_roi = piece % num_runs * rois_in_run;
-    const int64_t last_roi = std::min(first_roi + rois_in_run, params.num_rois);
+    const int64_t first_roi = section * rois_in_section + piece % num_parts * rois_in_part;
+    const int64_t last_roi =
+        std::min({first_roi + rois_in_part, (section + 1) * rois_in_section, int64_t(params.num_rois)});
     const auto out_of = [&](int64_t k) { return params.pooled + (k * params.num_channels + first_channel) * bins; };
-    ReadAhead<scalar_t> ahead(reads, first_channel, num_channels);
+    ReadAhead<scalar_t> ahead(reads, first_roi, last_roi, first_channel, num_channels);
     for (int64_t i = first_roi; i < last_roi; ++i) {
       const int64_t k = order.rois[i];
       const auto& roi = rois[k];
@@ -326,7 +347,7 @@ void pool_planes(const Params& params, const std::vector<RoITaps<typename Params
       }
     }
   };
-  const int64_t num_pieces = num_blocks * num_runs;
+  const int64_t num_pieces = num_sections * num_blocks * num_parts;
   parallel_for(num_pieces, grain_of(num_bins_of(params), num_pieces), [&](int64_t begin, int64_t end) {
     std::vector<acc_t> row;
     for (int64_t piece = begin; piece < end; ++piece) {
