@@ -68,7 +68,7 @@ class Cuda {
  private:
 #ifdef ROIALIGN_EXT_EMULATED
   using Guard = at::Device;  // the kernels run on CPU tensors, for the tests
-  static cudaStream_t stream() { return nullptr; }
+  static cudaStream_t stream() { return emulation::current_stream; }
   static void check(cudaError_t error) { TORCH_CHECK(error == cudaSuccess, "an emulated kernel failed"); }
 #else
   using Guard = c10::cuda::CUDAGuard;

@@ -201,6 +201,25 @@ class TestLaunches:
         assert launches() - start == min(count, 1)
 
     @LAYOUT
+    @EMULATED
+    def test_all_go_to_the_current_stream(self, layout, device, launches):
+        case, start = CASE["levels-3"], launches()
+        rows = case.rows().requires_grad_()
+        with emulation.stream(7):
+            features = [f.requires_grad_() for f in LAYOUTS[layout](case.features(torch.float32))]
+            for mode in ("avg", "max"):
+                output = oracles.pool(case, features, rows, mode=mode)
+                weight = torch.randn_like(output).requires_grad_()
+                gradients = torch.autograd.grad(output, [rows, *features], weight, create_graph=True)
+                torch.autograd.grad(gradients[1:], weight, features)
+                if mode == "avg":
+                    torch.autograd.grad(gradients[0], weight, rows)
+            roialign_ext.assign_levels(rows.detach(), 3)
+            detection.nms(rows.detach()[:, 1:], torch.rand(len(rows)), 0.5)
+        # Forward, both gradients and the two of the maps' gradient, twice; that of the boxes' gradient; the last two.
+        assert launches() - start == 2 * 5 + 1 + 2
+
+    @LAYOUT
     @CUDA_KERNELS
     def test_gradients_are_not_filled_with_zeros_first(self, layout, device):
         case = CASE["levels-of-which-one-is-empty"]
@@ -308,6 +327,7 @@ SELECTIONS = {
     "far": ["test_hostile_input.py", "-k", "emulated and rows_far_apart"],
     "backward.cu": chosen("test_gradients.py", "test_gradients", f"{FEW} or many-boxes-on-one-map"),
     "nms.cu": ["test_nms.py", "-k", "emulated and (torchvision or groups)"],
+    "streams": ["test_emulation.py", "-k", "current_stream"],
     "repeated": chosen("test_gradients.py", "test_from_run_to_run", "many-boxes"),
 }
 
@@ -395,6 +415,12 @@ def mutants() -> dict[str, tuple[str, Callable[[str], str], str, bool]]:
     found = {name: (file, replace((old, new)), file, False) for name, (file, old, new) in WRONG.items()}
     found |= {name: (file, replace((old, new)), file, True) for name, (file, old, new) in OUT_OF_BOUNDS.items()}
     found["32-bit-offsets-for-all"] = ("forward.cu", replace(("/ kWord <= UINT32_MAX", ">= 0")), "far", False)
+    found["default-stream"] = (
+        "max.cu",
+        replace(("dim3(kChannels), stream", "dim3(kChannels), nullptr")),
+        "streams",
+        False,
+    )
     found["unordered-list"] = ("backward.cu", replace(*UNORDERED), "repeated", False)
     for file in ("forward.cu", "backward.cu"):
         text = (CSRC / "cuda" / file).read_text(encoding="utf-8") if CSRC.is_dir() else ""

@@ -24,8 +24,7 @@ template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, cudaStream_t stream, const Params& params) {
   ++launch_count;
 #ifdef ROIALIGN_EXT_EMULATED
-  (void)stream;
-  return emulation::launch(kernel, grid, block, params);
+  return emulation::launch(kernel, grid, block, stream, params);
 #else
   kernel<<<grid, block, 0, stream>>>(params);
   return cudaGetLastError();

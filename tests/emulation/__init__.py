@@ -63,6 +63,17 @@ def work(library: str | Path | None = None) -> dict[str, int]:
 
 
 @contextlib.contextmanager
+def stream(number: int) -> Iterator[None]:
+    """Stands for torch.cuda.stream, a stream being a number: a launch on another one fails."""
+    library = ctypes.CDLL(str(module().__file__))
+    library.emulation_set_stream(ctypes.c_void_p(number))
+    try:
+        yield
+    finally:
+        library.emulation_set_stream(None)
+
+
+@contextlib.contextmanager
 def capture() -> Iterator[Callable[[], None]]:
     """Stands for torch.cuda.graph: kernels launched inside run when what it yields is called, each time it is.
 

@@ -63,15 +63,19 @@ struct Graph {
 };
 inline Graph graph;
 
-// Stands for kernel<<<grid, block, shared_bytes>>>(params).
+// The stream that a caller has chosen. Streams run nothing here; a launch on another is an error.
+inline cudaStream_t current_stream = nullptr;
+
+// Stands for kernel<<<grid, block, shared_bytes, stream>>>(params).
 template <typename Params>
-cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, const Params& params, size_t shared_bytes = 0) {
+cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, cudaStream_t stream, const Params& params,
+                   size_t shared_bytes = 0) {
   static_assert(sizeof(Params) <= 4096, "kernel arguments share 4 KiB");
   auto product = [](dim3 d) { return uint64_t{d.x} * d.y * d.z; };
   if (!product(grid) || !product(block) || product(block) > kMaxThreads || block.z > 64 || grid.x > INT32_MAX ||
       grid.y > 65535 || grid.z > 65535)
     return cudaErrorInvalidConfiguration;
-  if (shared_bytes > 227 << 10) return cudaErrorInvalidValue;
+  if (shared_bytes > 227 << 10 || stream != current_stream) return cudaErrorInvalidValue;
 
   const auto run = [=] {
     Machine& m = machine;
@@ -147,6 +151,9 @@ unsigned vote(unsigned mask, T value, Site site, Predicate predicate) {
 // For Python, which has the library and none of its headers.
 extern "C" __attribute__((used, visibility("default"))) inline void emulation_work(uint64_t* out) {
   std::memcpy(out, &emulation::machine.work, sizeof(emulation::Work));
+}
+extern "C" __attribute__((used, visibility("default"))) inline void emulation_set_stream(uintptr_t stream) {
+  emulation::current_stream = reinterpret_cast<cudaStream_t>(stream);
 }
 extern "C" __attribute__((used, visibility("default"))) inline void emulation_begin_capture() {
   emulation::graph = {true, {}};

@@ -122,7 +122,8 @@ extern "C" __attribute__((visibility("default"))) const char* self_check(const c
   for (const auto& check : checks) {
     if (std::strcmp(check.name, name)) continue;
     try {
-      cudaError_t error = emulation::launch(check.kernel, check.grid, check.block, Params{in, out}, 4 * sizeof(float));
+      cudaError_t error =
+          emulation::launch(check.kernel, check.grid, check.block, nullptr, Params{in, out}, 4 * sizeof(float));
       return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
     } catch (const std::exception& failure) {
       return (message = failure.what()).c_str();
